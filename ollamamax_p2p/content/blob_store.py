@@ -1,0 +1,159 @@
+"""BlobStore: the blobs, manifests and unfinished blobs of this node.
+
+Implementations: `disk_store` (Ollama's layout, byte for byte) and `ram_store`; one contract suite
+(`tests/contracts/test_blob_store.py`). All methods that touch the disk are async and run in
+threads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from ollamamax_p2p.content.core.manifest import Manifest
+from ollamamax_p2p.content.core.model_name import ModelName
+
+from ollamamax_p2p.content.core.chunk_map import ChunkMap
+from ollamamax_p2p.content.core.digest import Digest
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """One manifest in the store."""
+
+    name: ModelName
+    manifest_digest: Digest
+    """sha256 of the manifest's bytes; what `list` shows as ID."""
+    size: int
+    """Bytes of all its blobs."""
+    modified_at: datetime
+    """When the manifest was written, in UTC."""
+
+
+class BlobReader(Protocol):
+    """An open blob. Use as an async context manager."""
+
+    size: int
+
+    async def read_at(self, offset: int, length: int) -> bytes:
+        """Exactly that range. Raises BlobNotFound if the blob was removed meanwhile, StoreDamaged
+        if it is shorter.
+        """
+
+    async def __aenter__(self) -> "BlobReader": ...
+    async def __aexit__(self, *exc: object) -> None: ...
+
+
+class PartialBlob(Protocol):
+    """A blob that is being fetched. Durable progress; use as an async context manager, leaving
+    keeps what is there.
+
+    Order on disk: data, fsync, then the record; so the record never claims what a power cut can
+    take away. Records may be batched (`record_interval_bytes`, `flush`), and lose at most what was
+    in flight.
+    """
+
+    digest: Digest
+    size: int
+
+    @property
+    def map_digest(self) -> Digest | None:
+        """The chunk map by which it was verified so far; None before the first or for an origin's
+        unverified bytes.
+        """
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Byte ranges [start, end) not yet written, in order, disjoint, not touching."""
+
+    async def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write verified bytes and note the range. Raises StoreFull (nothing noted), ValueError
+        outside [0, size).
+        """
+
+    async def read_at(self, offset: int, length: int) -> bytes:
+        """Bytes that were written. Raises ValueError if any of them were not."""
+
+    async def use_map(self, chunk_map: ChunkMap | None) -> None:
+        """Remember which map the next writes were verified by. What was written before under
+        another map is hashed again, and only ranges that match the new map are kept.
+        """
+
+    async def flush(self) -> None:
+        """Make all that was written durable and noted."""
+
+    async def commit(self) -> None:
+        """Hash the whole; if it is what its name says, it becomes visible in the store atomically
+        and durably.
+
+        Raises DigestMismatch: nothing became visible, the bytes stay until `discard` or `use_map`.
+        ValueError if ranges are missing.
+        """
+
+    async def discard(self) -> None:
+        """Forget it: data and record."""
+
+    async def __aenter__(self) -> "PartialBlob": ...
+    async def __aexit__(self, *exc: object) -> None: ...
+
+
+class BlobStore(Protocol):
+    """What a node holds."""
+
+    @property
+    def writable(self) -> bool:
+        """False if the folder can only be read; then every writing method raises StoreReadOnly."""
+
+    # blobs
+    async def has(self, digest: Digest) -> bool:
+        """Whether the whole blob is here."""
+
+    async def size_of(self, digest: Digest) -> int:
+        """Bytes. Raises BlobNotFound."""
+
+    async def open(self, digest: Digest) -> BlobReader:
+        """Raises BlobNotFound."""
+
+    async def put(self, data: bytes) -> Digest:
+        """Store a small blob (config, template) from memory."""
+
+    async def import_file(self, path: Path) -> Digest:
+        """Make a file a blob: hard-linked if it can be, else copied (reflinked where the file
+        system does); the file itself is neither moved nor changed. Raises AccessRefused, StoreFull,
+        DigestMismatch if it changed meanwhile.
+        """
+
+    async def partial(self, digest: Digest, size: int) -> PartialBlob:
+        """Begin or go on with a blob. One at a time per digest (ValueError). Raises StoreFull if
+        what is missing does not fit, counting other unfinished blobs that are open.
+        """
+
+    async def blobs(self) -> list[Digest]:
+        """Every whole blob, sorted."""
+
+    async def partials(self) -> list[Digest]:
+        """Every unfinished one, sorted."""
+
+    async def chunk_map(self, digest: Digest) -> ChunkMap:
+        """The blob's map; built (and kept beside the store) at the first call. Raises BlobNotFound."""
+
+    # manifests
+    async def manifest(self, name: ModelName) -> Manifest:
+        """Raises ModelNotFound, StoreDamaged. Names match case-insensitively, as in Ollama."""
+
+    async def put_manifest(self, name: ModelName, manifest: Manifest) -> None:
+        """Name a model, atomically. Raises BlobNotFound if a blob of it is missing."""
+
+    async def remove_manifest(self, name: ModelName) -> list[Digest]:
+        """Remove the name and every blob that no other manifest needs; gives those. Raises
+        ModelNotFound.
+        """
+
+    async def models(self) -> list[StoredModel]:
+        """Every readable manifest, newest first."""
+
+    async def remove_unused(self, candidates: Sequence[Digest]) -> list[Digest]:
+        """Remove those of the candidates that no manifest refers to; gives what went."""
+
+    async def free_bytes(self) -> int:
+        """Room left for new blobs."""

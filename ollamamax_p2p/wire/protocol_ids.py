@@ -1,0 +1,21 @@
+"""Every protocol this library speaks, with its version. A change that old peers would misread takes
+the next number.
+"""
+
+JOIN = "/omx/join/1"
+"""Prove membership or redeem a ticket, then heartbeats. The only door open to a peer that is not a
+member.
+"""
+
+PROVIDERS = "/omx/providers/1"
+"""Who holds which blob: announce, withdraw, ask."""
+
+MODELS = "/omx/models/1"
+"""Which manifest a name means here, and the manifest itself."""
+
+TRANSFER = "/omx/transfer/1"
+"""Chunks: have, want, chunk, cancel, choke. Also the chunk map, page by page."""
+
+DHT_PREFIX = "/omx"
+"""Kademlia's prefix (`/omx/kad/1.0.0`), so that a node never wanders into the public IPFS network.
+"""
