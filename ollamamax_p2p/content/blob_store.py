@@ -135,7 +135,7 @@ class BlobStore(Protocol):
         """Every unfinished one, sorted."""
 
     async def chunk_map(self, digest: Digest) -> ChunkMap:
-        """The blob's map; built (and kept beside the store) at the first call. Raises BlobNotFound."""
+        """Remove those of the candidates that no manifest refers to; gives what was removed."""
 
     # manifests
     async def manifest(self, name: ModelName) -> Manifest:

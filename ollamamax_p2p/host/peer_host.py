@@ -111,7 +111,7 @@ class PeerHost(Protocol):
         """Open every door to the peer, until it disconnects or is expelled. Idempotent."""
 
     def expel(self, peer: PeerId) -> None:
-        """Close the doors to the peer again; streams that are open stay so (disconnect ends them)."""
+        """Close the doors to the peer again; open streams stay (disconnect ends them)."""
 
     def is_admitted(self, peer: PeerId) -> bool:
         """Whether the peer's streams reach every handler."""

@@ -105,7 +105,7 @@ class ChunkPart(Message, tag="part"):
 
 
 class Choke(Message, tag="choke"):
-    """Source: no upload slot for you now; what you wanted is forgotten, ask again after `Unchoke`."""
+    """Source: no upload slot for you now; all wants are forgotten, ask again after `Unchoke`."""
 
 
 class Unchoke(Message, tag="unchoke"):
