@@ -11,11 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from ollamamax_p2p.content.core.manifest import Manifest
-from ollamamax_p2p.content.core.model_name import ModelName
-
 from ollamamax_p2p.content.core.chunk_map import ChunkMap
 from ollamamax_p2p.content.core.digest import Digest
+from ollamamax_p2p.content.core.manifest import Manifest
+from ollamamax_p2p.content.core.model_name import ModelName
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +134,7 @@ class BlobStore(Protocol):
         """Every unfinished one, sorted."""
 
     async def chunk_map(self, digest: Digest) -> ChunkMap:
-        """Remove those of the candidates that no manifest refers to; gives what was removed."""
+        """The blob's map; built, and kept beside the store, at the first call; or BlobNotFound."""
 
     # manifests
     async def manifest(self, name: ModelName) -> Manifest:
