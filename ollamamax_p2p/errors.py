@@ -80,6 +80,16 @@ def restored(name: str, message: str) -> OmxError:
     return error
 
 
+def first_named(error: BaseException) -> OmxError | None:
+    """The OmxError that an exception is or, for a group, that comes first in it; for borders, which
+    tell one error. None if there is none.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        found = (first_named(each) for each in error.exceptions)
+        return next((each for each in found if each is not None), None)
+    return error if isinstance(error, OmxError) else None
+
+
 def _all_below(cls: type[OmxError]) -> list[type[OmxError]]:
     below = cls.__subclasses__()
     return below + [deeper for child in below for deeper in _all_below(child)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import multiaddr
 
 from ollamamax_p2p.errors import BadAddress
-from ollamamax_p2p.identity.peer_id import PeerId, parse_peer_id
+from ollamamax_p2p.identity.core.peer_id import PeerId, parse_peer_id
 
 ADDRESS_CHARS_MAX = 512
 """A relayed address is about 250 characters; longer ones are refused before they are parsed."""
@@ -48,8 +48,9 @@ def parse_transport(text: str) -> str:
     try:
         parsed = multiaddr.Multiaddr(text)
         protocols = [protocol.name for protocol in parsed.protocols()]
-    except Exception as error:  # noqa: BLE001 - multiaddr raises whatever its part parsers raise
-        raise BadAddress(text, f"not a multiaddr ({error})") from None
+    except Exception:  # noqa: BLE001 - multiaddr raises whatever its part parsers raise
+        # Its own words repeat the text as it is, control characters and all.
+        raise BadAddress(text, "not a multiaddr such as /ip4/192.0.2.7/tcp/4001") from None
     if not protocols or protocols[0] not in _HOSTS:
         raise BadAddress(text, "it must begin with /ip4, /ip6 or /dns")
     if not _CARRIERS & set(protocols):

@@ -1,0 +1,1 @@
+"""What peer ids and addresses are; pure values and functions."""
