@@ -15,3 +15,14 @@ class ContentSettings:
     """A pull that would leave less than this free is refused before it begins: a full disk breaks
     more than us.
     """
+
+    record_interval_bytes: int = 32 * 1024 * 1024
+    """An unfinished blob is made durable after so many new bytes. It is what a power cut costs at
+    most, and what is read again when a pull resumes: some 30 ms.
+    """
+
+    hash_threads: int = 2
+    """Threads that hash whole blobs: so many cores are busy beside the event loop at most."""
+
+    disk_threads: int = 8
+    """Reads and writes at once; a solid-state disk is slower with fewer."""

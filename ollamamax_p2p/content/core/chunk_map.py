@@ -86,6 +86,11 @@ class ChunkMap:
             and hashlib.sha256(data).digest() == self.hashes[chunk_index]
         )
 
+    def check_fits(self, blob: Digest, size: int) -> None:
+        """Raises ValueError if this is the map of another blob, or of one of another size."""
+        if (self.blob, self.size) != (blob, size):
+            raise ValueError(f"map {self.digest} is not one of {blob} with {size} bytes")
+
     def encode(self) -> bytes:
         """The bytes that `digest` is of."""
         entries = (

@@ -1,0 +1,342 @@
+"""Make models: from a file, or from a Modelfile as Ollama reads it.
+
+What is written is what Ollama would write: the same layers in the same order, the same JSON in
+params, messages and config. Two things Ollama does and this does not: it guesses a TEMPLATE for a
+GGUF file that has none in its Modelfile, and it converts safetensors; a safetensors file becomes
+the model's one layer as it is.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import trio
+
+from ollamamax_p2p.content.blob_store import BlobReader, BlobStore
+from ollamamax_p2p.content.core.digest import Digest
+from ollamamax_p2p.content.core.gguf import MAGIC, GgufHeader, read_gguf_header
+from ollamamax_p2p.content.core.go_json import Json, go_json
+from ollamamax_p2p.content.core.header_reading import ReadAt
+from ollamamax_p2p.content.core.manifest import (
+    ADAPTER_TYPE,
+    CONFIG_TYPE,
+    DRAFT_TYPE,
+    LICENSE_TYPE,
+    MESSAGES_TYPE,
+    MODEL_TYPE,
+    PARAMS_TYPE,
+    PROJECTOR_TYPE,
+    PROMPT_TYPE,
+    SYSTEM_TYPE,
+    TEMPLATE_TYPE,
+    Layer,
+    Manifest,
+    build_manifest,
+)
+from ollamamax_p2p.content.core.model_name import ModelName, parse_model_name
+from ollamamax_p2p.content.core.modelfile import (
+    Message,
+    Modelfile,
+    Origin,
+    human_number,
+    parse_modelfile,
+)
+from ollamamax_p2p.content.core.safetensors import SafetensorsHeader, read_safetensors_header
+from ollamamax_p2p.errors import BadModelFile, BadName, ModelNotFound, StoreDamaged, StoreReadOnly
+
+ResolveModel = Callable[[ModelName], Awaitable[Manifest]]
+
+Header = GgufHeader | SafetensorsHeader
+
+SMALL_BLOB_BYTES_MAX = 16 * 1024 * 1024
+"""Configs, templates, licenses: read whole, so bounded."""
+
+_CONFIG_FIELDS = (
+    "model_format", "model_family", "model_families", "model_type", "file_type", "renderer",
+    "parser", "requires", "remote_host", "remote_model", "capabilities", "context_length",
+    "embedding_length", "base_name", "draft", "architecture", "os", "rootfs",
+)  # fmt: skip
+_ALWAYS = ("model_format", "model_family", "model_families", "model_type", "file_type")
+
+
+async def import_model(store: BlobStore, path: Path, name: ModelName) -> Manifest:
+    """Make a GGUF or safetensors file a model. The file is neither moved nor changed.
+
+    Raises BadModelFile, AccessRefused, StoreFull, StoreReadOnly.
+    """
+    path = await trio.to_thread.run_sync(_absolute, path)
+    nothing_else = Modelfile(origins=(Origin(str(path), 1),), parameters={})
+    return await _create(store, name, nothing_else, path.parent, store.manifest, str(path))
+
+
+async def create_model(
+    store: BlobStore,
+    name: ModelName,
+    modelfile: str,
+    base_dir: Path,
+    resolve_model: ResolveModel | None = None,
+) -> Manifest:
+    """Make a model from a Modelfile's text.
+
+    base_dir: relative paths in it count from here.
+    resolve_model: gives the manifest that a FROM names, with all its blobs in the store, say by
+    pulling it; without one, only what is in the store is found.
+    Raises BadModelFile, ModelNotFound, AccessRefused, StoreFull, StoreReadOnly.
+    """
+    parsed = parse_modelfile(modelfile)
+    return await _create(store, name, parsed, base_dir, resolve_model or store.manifest, None)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A model that is being put together."""
+
+    layers: list[Layer]
+    config: dict[str, Json]
+
+    def replace(self, layer: Layer, *more_types: str) -> None:
+        """Take out the layers of its type (and of more types), and put it last."""
+        gone = {layer.media_type, *more_types}
+        self.layers = [kept for kept in self.layers if kept.media_type not in gone]
+        self.layers.append(layer)
+
+
+async def _create(
+    store: BlobStore,
+    name: ModelName,
+    modelfile: Modelfile,
+    base_dir: Path,
+    resolve_model: ResolveModel,
+    where: str | None,
+) -> Manifest:
+    if not store.writable:
+        raise StoreReadOnly(f"for {name}")
+    draft = _Draft([], {})
+    for origin in modelfile.origins:
+        await _add_origin(store, draft, origin, base_dir, resolve_model, where)
+    for media_type, origins in ((ADAPTER_TYPE, modelfile.adapters), (DRAFT_TYPE, modelfile.drafts)):
+        for origin in origins:
+            await _add_part(store, draft, origin, base_dir, media_type)
+    await _add_texts(store, draft, modelfile)
+    manifest = build_manifest(await _put_config(store, draft, modelfile), draft.layers)
+    replaced = await _existing(store, name)
+    await store.put_manifest(name, manifest)
+    await store.remove_unused([digest for digest, _ in replaced])
+    return manifest
+
+
+async def _existing(store: BlobStore, name: ModelName) -> tuple[tuple[Digest, int], ...]:
+    try:
+        return (await store.manifest(name)).blobs()
+    except (ModelNotFound, StoreDamaged):
+        return ()
+
+
+# -- FROM, ADAPTER, DRAFT ----------------------------------------------------------------------
+
+
+async def _add_origin(
+    store: BlobStore,
+    draft: _Draft,
+    origin: Origin,
+    base_dir: Path,
+    resolve_model: ResolveModel,
+    where: str | None,
+) -> None:
+    place = where or f"Modelfile, line {origin.line}"
+    path = await _existing_path(origin, base_dir, place)
+    if path is not None:
+        await _add_file(store, draft, path)
+        return
+    try:
+        source = parse_model_name(origin.text)
+    except BadName as error:
+        raise BadModelFile(place, f"{origin.text[:200]!r} is no file and no model name") from error
+    inherited = await resolve_model(source)
+    draft.layers += [
+        Layer(layer.media_type, layer.digest, layer.size, str(source), layer.name)
+        for layer in inherited.layers
+    ]
+    draft.config = await read_json(store, inherited.config) | draft.config
+
+
+async def _existing_path(origin: Origin, base_dir: Path, place: str) -> Path | None:
+    text = origin.text
+    if not text or "\0" in text:
+        raise BadModelFile(place, "it needs a file or a model's name")
+    try:
+        path = await trio.to_thread.run_sync(_absolute, Path(text), base_dir)
+    except RuntimeError as error:  # what pathlib says of an unknown user's home
+        raise BadModelFile(place, f"{text[:200]!r}: {error}") from error
+    if await trio.Path(path).is_dir():
+        raise BadModelFile(place, f"{path} is a folder; name the GGUF or safetensors file in it")
+    if await trio.Path(path).exists():
+        return path
+    # A model's name never looks like these, so the reader meant a file.
+    if text.startswith(("/", "./", "../", "~")) or text.endswith((".gguf", ".safetensors")):
+        raise BadModelFile(place, f"there is no file {path}")
+    return None
+
+
+def _absolute(path: Path, base_dir: Path = Path()) -> Path:
+    return (base_dir / path.expanduser()).absolute()
+
+
+async def _add_file(store: BlobStore, draft: _Draft, path: Path) -> None:
+    # Looked at before it is imported: a file that is no model should not cost a copy.
+    header = await trio.to_thread.run_sync(_read_file_header, path)
+    digest = await store.import_file(path)
+    media_type = _media_type(header)
+    draft.layers.append(Layer(media_type, digest, await store.size_of(digest)))
+    if media_type == MODEL_TYPE:
+        draft.config = _config_of(header) | {k: v for k, v in draft.config.items() if v}
+
+
+async def _add_part(
+    store: BlobStore, draft: _Draft, origin: Origin, base_dir: Path, media_type: str
+) -> None:
+    place = f"Modelfile, line {origin.line}"
+    path = await _existing_path(origin, base_dir, place)
+    if path is None:
+        raise BadModelFile(place, f"there is no file {base_dir / origin.text}")
+    header = await trio.to_thread.run_sync(_read_file_header, path)
+    if not isinstance(header, GgufHeader):
+        raise BadModelFile(place, f"{path} is not a GGUF file")
+    digest = await store.import_file(path)
+    draft.layers.append(Layer(media_type, digest, await store.size_of(digest)))
+    if media_type == DRAFT_TYPE:
+        draft.config["draft"] = {"model_format": "gguf", "architecture": header.architecture}
+
+
+def _read_file_header(path: Path) -> Header:
+    try:
+        with path.open("rb") as file:
+
+            def read_at(offset: int, length: int) -> bytes:
+                file.seek(offset)
+                return file.read(length)
+
+            return read_header(read_at, path.stat().st_size, str(path))
+    except FileNotFoundError as error:
+        raise BadModelFile(str(path), "there is no such file") from error
+    except OSError as error:
+        raise BadModelFile(str(path), error.strerror or "it cannot be read") from error
+
+
+def read_header(read_at: ReadAt, size: int, where: str) -> Header:
+    """Read a GGUF or safetensors header, whichever it is. Raises BadModelFile."""
+    start = read_at(0, min(size, 9))
+    if start[8:] == b"{" and not start.startswith(MAGIC):
+        return read_safetensors_header(read_at, size, where)
+    return read_gguf_header(read_at, size, where)
+
+
+def _media_type(header: Header) -> str:
+    if isinstance(header, SafetensorsHeader):
+        return MODEL_TYPE
+    kind = header.metadata.get("general.type")
+    if kind == "adapter":
+        return ADAPTER_TYPE
+    if kind in ("projector", "mmproj"):
+        return PROJECTOR_TYPE
+    # A standalone vision tower says how deep it is, and that it has no text model.
+    sees = header.of_architecture("vision.block_count") or header.architecture == "clip"
+    return PROJECTOR_TYPE if sees and not header.of_architecture("block_count") else MODEL_TYPE
+
+
+def _config_of(header: Header) -> dict[str, Json]:
+    size = human_number(header.parameter_count)
+    if isinstance(header, SafetensorsHeader):
+        kinds = {tensor.dtype for tensor in header.tensors}
+        return {
+            "model_format": "safetensors",
+            "model_type": size,
+            "file_type": kinds.pop() if len(kinds) == 1 else "",
+        }
+    return {
+        "model_format": "gguf",
+        "model_family": header.architecture,
+        "model_families": [header.architecture],
+        "model_type": size,
+        "file_type": header.file_type,
+    }
+
+
+# -- everything else ---------------------------------------------------------------------------
+
+
+async def _add_texts(store: BlobStore, draft: _Draft, modelfile: Modelfile) -> None:
+    async def layer(media_type: str, data: bytes) -> Layer:
+        return Layer(media_type, await store.put(data), len(data))
+
+    if modelfile.template:
+        draft.replace(await layer(TEMPLATE_TYPE, modelfile.template.encode()), PROMPT_TYPE)
+    if modelfile.system:
+        draft.replace(await layer(SYSTEM_TYPE, modelfile.system.encode()))
+    for text in modelfile.licenses:
+        draft.layers.append(await layer(LICENSE_TYPE, text.encode()))
+    if modelfile.parameters:
+        merged = await _inherited_parameters(store, draft.layers) | dict(modelfile.parameters)
+        data = go_json({key: merged[key] for key in sorted(merged)}) + b"\n"
+        draft.replace(await layer(PARAMS_TYPE, data))
+    if modelfile.messages:
+        data = go_json(list(map(_message, modelfile.messages))) + b"\n"
+        draft.replace(await layer(MESSAGES_TYPE, data))
+
+
+async def _inherited_parameters(store: BlobStore, layers: Iterable[Layer]) -> dict[str, Json]:
+    merged: dict[str, Json] = {}
+    for layer in layers:
+        if layer.media_type == PARAMS_TYPE:
+            merged |= await read_json(store, layer)
+    return merged
+
+
+def _message(message: Message) -> Mapping[str, Json]:
+    return {"role": message.role, "content": message.content}
+
+
+async def _put_config(store: BlobStore, draft: _Draft, modelfile: Modelfile) -> Layer:
+    given = {
+        "renderer": modelfile.renderer,
+        "parser": modelfile.parser,
+        "requires": modelfile.requires,
+    }
+    config: dict[str, Json] = draft.config | {key: value for key, value in given.items() if value}
+    for key in _ALWAYS:
+        config.setdefault(key, None if key == "model_families" else "")
+    # Docker's image format wants these three; Ollama writes them on every machine alike.
+    config["architecture"], config["os"] = "amd64", "linux"
+    config["rootfs"] = {"type": "layers", "diff_ids": [layer.digest for layer in draft.layers]}
+    data = go_json({key: config[key] for key in _CONFIG_FIELDS if key in config}) + b"\n"
+    return Layer(CONFIG_TYPE, await store.put(data), len(data))
+
+
+# -- reading small blobs -----------------------------------------------------------------------
+
+
+async def read_small(store: BlobStore, layer: Layer) -> bytes:
+    """A layer's bytes. Raises BlobNotFound, StoreDamaged if it is longer than such a layer is."""
+    async with await store.open(layer.digest) as reader:
+        if reader.size > SMALL_BLOB_BYTES_MAX:
+            raise StoreDamaged(layer.digest, f"a {layer.media_type} of {reader.size:,} bytes")
+        return await reader.read_at(0, reader.size)
+
+
+async def read_json(store: BlobStore, layer: Layer) -> dict[str, Json]:
+    """A layer that is a JSON object. Raises BlobNotFound, StoreDamaged."""
+    try:
+        read = msgspec.json.decode(await read_small(store, layer), type=dict[str, object])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise StoreDamaged(layer.digest, f"the {layer.media_type} is no JSON: {error}") from error
+    return read  # type: ignore[return-value]  # what JSON decodes to is Json
+
+
+async def read_blob_header(reader: BlobReader, where: str) -> Header:
+    """The header of a model blob. Raises BadModelFile."""
+
+    def read_at(offset: int, length: int) -> bytes:
+        return trio.from_thread.run(reader.read_at, offset, length)
+
+    return await trio.to_thread.run_sync(read_header, read_at, reader.size, where)
