@@ -1,0 +1,198 @@
+"""open_transfer(): what a node's transfer is made of, put together."""
+
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import trio
+
+from ollamamax_p2p.content import BlobStore
+from ollamamax_p2p.content.core.digest import Digest
+from ollamamax_p2p.content.core.model_name import ModelName, parse_model_name
+from ollamamax_p2p.discovery import ProviderDirectory
+from ollamamax_p2p.errors import OmxError, code
+from ollamamax_p2p.host import PeerHost
+from ollamamax_p2p.identity import PeerId
+from ollamamax_p2p.observability import Event, EventFeed
+from ollamamax_p2p.transfer.ban_list import BanList
+from ollamamax_p2p.transfer.chunk_streams import StreamCarrier, serve_streams
+from ollamamax_p2p.transfer.fetch import BlobFetch, FetchServices, FetchTally, OriginOffer
+from ollamamax_p2p.transfer.models_exchange import ModelsExchange, open_models_exchange
+from ollamamax_p2p.transfer.origin import Origin
+from ollamamax_p2p.transfer.progress import PullReport
+from ollamamax_p2p.transfer.pull import OnProgress, Pull
+from ollamamax_p2p.transfer.serve import BlobServer
+from ollamamax_p2p.transfer.settings import OriginSettings, TransferSettings
+from ollamamax_p2p.transfer.shared_work import SharedWork
+from ollamamax_p2p.transfer.unfinished import UnfinishedBlobs
+
+HASHING_THREADS = 2
+"""One core hashes 1.5 GB/s, more than a 10 Gb/s link brings; the second hides the waits."""
+
+_log = logging.getLogger(__name__)
+
+
+class Transfer:
+    """Fetches and serves blobs, pulls models. Made by `open_transfer`."""
+
+    def __init__(
+        self,
+        services: FetchServices,
+        server: BlobServer,
+        exchange: ModelsExchange,
+        origin: Origin | None,
+        feed: EventFeed,
+        wall_clock: Callable[[], float],
+        nursery: trio.Nursery,
+    ) -> None:
+        self.bans = services.bans
+        """Peers found lying."""
+        self._services = services
+        self._server = server
+        self._exchange = exchange
+        self._origin = origin
+        self._feed = feed
+        self._wall_clock = wall_clock
+        self._fetches: dict[Digest, BlobFetch] = {}
+        self._pulls: dict[str, Pull] = {}
+        self._fetching: SharedWork[Digest, FetchTally] = SharedWork(nursery)
+        self._pulling: SharedWork[str, PullReport] = SharedWork(nursery)
+
+    @property
+    def bytes_served(self) -> int:
+        """Of chunks, to all peers, since this was opened."""
+        return self._server.bytes_sent
+
+    def pulls(self) -> tuple[str, ...]:
+        """The models that are being pulled now."""
+        return tuple(self._pulls)
+
+    async def pull(
+        self,
+        name: str | ModelName,
+        *,
+        from_origin: bool = False,
+        insecure: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> PullReport:
+        """Fetch a model from whoever has it; who pulls the same one meanwhile shares the pull.
+
+        from_origin: ask the origin, not the members, what the name means now; the bytes may still
+        come from peers.
+        insecure: this origin may be spoken to by plain http.
+        on_progress: called in the event loop with every state; must not block.
+        Raises BadName, ModelNotFound, StoreFull and other LocalTrouble, NoSources, OriginTrouble.
+        Cancelling keeps what is there, for the next pull.
+        """
+        model = parse_model_name(name) if isinstance(name, str) else name
+        pull = self._pulls.get(model.key)
+        if pull is None:
+            pull = Pull(
+                model,
+                store=self._services.store,
+                exchange=self._exchange,
+                origin=self._origin,
+                fetch=self._fetch,
+                tally_of=self._tally_of,
+                from_origin=from_origin,
+                insecure=insecure,
+            )
+        if on_progress is not None:
+            pull.add_listener(on_progress)
+        try:
+            return await self._pulling.run(model.key, partial(self._pull, model, pull))
+        finally:
+            if on_progress is not None:
+                pull.remove_listener(on_progress)
+
+    async def _pull(self, model: ModelName, pull: Pull) -> PullReport:
+        self._pulls[model.key] = pull
+        self._report("pull.started", model=str(model))
+        try:
+            report = await pull.run()
+        except OmxError as error:
+            self._report("pull.failed", model=str(model), error=code(error), message=str(error))
+            raise
+        finally:
+            del self._pulls[model.key]
+        self._report(
+            "pull.finished",
+            model=str(model),
+            bytes_fetched=report.bytes_fetched,
+            bytes_refetched=report.bytes_refetched,
+            seconds=round(report.seconds, 3),
+        )
+        return report
+
+    async def fetch(self, digest: Digest, size: int) -> FetchTally:
+        """Fetch one blob from peers; nothing to do if it is here. Raises as `pull` does."""
+        return await self._fetch(digest, size, None)
+
+    async def _fetch(self, digest: Digest, size: int, offer: OriginOffer | None) -> FetchTally:
+        return await self._fetching.run(digest, partial(self._fetch_now, digest, size, offer))
+
+    async def _fetch_now(self, digest: Digest, size: int, offer: OriginOffer | None) -> FetchTally:
+        fetch = self._fetches[digest] = BlobFetch(digest, size, self._services, offer)
+        try:
+            await fetch.run()
+        finally:
+            del self._fetches[digest]
+        return fetch.tally
+
+    def _tally_of(self, digest: Digest) -> FetchTally | None:
+        fetch = self._fetches.get(digest)
+        return fetch.tally if fetch else None
+
+    def _report(self, kind: str, **facts: Any) -> None:
+        at = datetime.fromtimestamp(self._wall_clock(), UTC).isoformat()
+        self._feed.report(Event(kind=kind, at=at, facts=facts))
+
+
+@asynccontextmanager
+async def open_transfer(
+    host: PeerHost,
+    store: BlobStore,
+    providers: ProviderDirectory,
+    settings: TransferSettings,
+    *,
+    origin: Origin | None,
+    connected_peers: Callable[[], Sequence[PeerId]],
+    rng: random.Random,
+    feed: EventFeed,
+    wall_clock: Callable[[], float],
+    origin_settings: OriginSettings | None = None,
+) -> AsyncIterator[Transfer]:
+    """Serve this node's blobs and fetch others', for as long as the block is open.
+
+    origin: None if no registry is to be asked.
+    connected_peers: the members connected now.
+    wall_clock: Unix seconds, for events.
+    """
+    bans = BanList(feed, wall_clock)
+    unfinished = UnfinishedBlobs()
+    async with (
+        trio.open_nursery() as nursery,
+        open_models_exchange(host, store, connected_peers, bans.ban) as exchange,
+    ):
+        server = BlobServer(store, unfinished, settings, nursery)
+        services = FetchServices(
+            own_id=host.peer_id,
+            store=store,
+            providers=providers,
+            carrier=StreamCarrier(host),
+            unfinished=unfinished,
+            bans=bans,
+            connected_peers=connected_peers,
+            settings=settings,
+            origin_connections=(origin_settings or OriginSettings()).connections,
+            hashing=trio.CapacityLimiter(HASHING_THREADS),
+            rng=rng,
+        )
+        serve_streams(host, server.serve)
+        await providers.announce(await store.blobs())
+        yield Transfer(services, server, exchange, origin, feed, wall_clock, nursery)
+        nursery.cancel_scope.cancel()
