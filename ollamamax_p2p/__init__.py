@@ -1,0 +1,102 @@
+"""ollamamax_p2p: any set of machines that run language models becomes one private swarm.
+
+    import ollamamax_p2p as omx
+
+    async with omx.open_node(omx.load_config()) as node:
+        report = await node.pull("smollm2:135m")
+
+Names are resolved on first use, because importing libp2p takes two seconds. Start at `open_node`;
+`LocalClient` speaks to a node that already runs on this machine.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ollamamax_p2p.api import (
+        Finding,
+        Invitation,
+        JoinReport,
+        LocalClient,
+        ModelDetails,
+        ModelInfo,
+        NodeStatus,
+        PeerInfo,
+        examine_machine,
+    )
+    from ollamamax_p2p.config import NodeConfig, load_config
+    from ollamamax_p2p.errors import OmxError
+    from ollamamax_p2p.node import Node, open_node
+    from ollamamax_p2p.observability import Event
+    from ollamamax_p2p.transfer import PullProgress, PullReport, SourceShare
+
+    __version__: str
+
+_HOMES = {
+    "Event": "observability",
+    "Finding": "api",
+    "Invitation": "api",
+    "JoinReport": "api",
+    "LocalClient": "api",
+    "ModelDetails": "api",
+    "ModelInfo": "api",
+    "Node": "node",
+    "NodeConfig": "config",
+    "NodeStatus": "api",
+    "OmxError": "errors",
+    "PeerInfo": "api",
+    "PullProgress": "transfer",
+    "PullReport": "transfer",
+    "SourceShare": "transfer",
+    "examine_machine": "api",
+    "load_config": "config",
+    "open_node": "node",
+}
+
+__all__ = [
+    "Event",
+    "Finding",
+    "Invitation",
+    "JoinReport",
+    "LocalClient",
+    "ModelDetails",
+    "ModelInfo",
+    "Node",
+    "NodeConfig",
+    "NodeStatus",
+    "OmxError",
+    "PeerInfo",
+    "PullProgress",
+    "PullReport",
+    "SourceShare",
+    "__version__",
+    "examine_machine",
+    "load_config",
+    "open_node",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Find a public name where it lives."""
+    if name == "__version__":
+        return _installed_version()
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _installed_version() -> str:
+    """What the package's metadata say; "0+unknown" where the code runs without being installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ollamamax-p2p")
+    except PackageNotFoundError:
+        return "0+unknown"

@@ -1,0 +1,300 @@
+"""LocalClient: a running node of this machine, over its HTTP API.
+
+It has a node's methods under the same names, so that a program (or the CLI) can use either. One
+connection per request: on loopback that costs less than keeping one healthy.
+"""
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import h11
+import msgspec
+import trio
+
+from ollamamax_p2p import errors
+from ollamamax_p2p.api.node_file import read_files
+from ollamamax_p2p.api.served_node import (
+    Invitation,
+    JoinReport,
+    ModelDetails,
+    ModelInfo,
+    NodeStatus,
+    OnProgress,
+    PeerInfo,
+)
+from ollamamax_p2p.errors import LocalTrouble, NodeNotRunning, OmxError
+from ollamamax_p2p.observability import Event
+from ollamamax_p2p.transfer import PullProgress, PullReport
+
+CONNECT_TIMEOUT_S = 5.0
+"""Loopback connects at once or not at all; a full backlog may take a moment."""
+
+LINE_BYTES_MAX = 8 * 1024 * 1024
+"""A longer line is not one of ours; Ollama's own client has the same limit."""
+
+ANSWER_BYTES_MAX = 64 * 1024 * 1024
+"""A hundred thousand models make a list of some 20 MB."""
+
+T = TypeVar("T")
+
+
+class LocalClient:
+    """Speaks to the node at one address. `find` makes one for the node of a data folder."""
+
+    def __init__(
+        self, address: str, token: str, *, data_dir: Path | None = None, pid: int = 0
+    ) -> None:
+        """address: host:port; data_dir: named in errors; pid: the node's process, 0 if unknown."""
+        self.address = address
+        self.pid = pid
+        self._token = token
+        self._where = str(data_dir or address)
+
+    @classmethod
+    def find(cls, data_dir: Path) -> "LocalClient":
+        """The node that runs on a data folder. Raises NodeNotRunning, KeyExposed, AccessRefused."""
+        found, token = read_files(data_dir)
+        return cls(found.api, token, data_dir=data_dir, pid=found.pid)
+
+    async def status(self) -> NodeStatus:
+        """One look at the node."""
+        return await self._ask("GET", "/status", NodeStatus)
+
+    async def peers(self) -> tuple[PeerInfo, ...]:
+        """The peers connected now."""
+        return (await self._ask("GET", "/peers", _Peers)).peers
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """What the store holds, newest first."""
+        return (await self._ask("GET", "/models", _Models)).models
+
+    async def show(self, name: str) -> ModelDetails:
+        """What a model is made of."""
+        return await self._ask("POST", "/models/show", ModelDetails, {"model": name})
+
+    async def copy(self, source: str, destination: str) -> None:
+        """Give a model a second name."""
+        names = {"source": source, "destination": destination}
+        await self._ask("POST", "/models/copy", dict[str, Any], names)
+
+    async def remove(self, name: str) -> None:
+        """Remove a name and the blobs that no other needs."""
+        await self._ask("POST", "/models/delete", dict[str, Any], {"model": name})
+
+    async def pull(
+        self,
+        name: str,
+        *,
+        from_origin: bool = False,
+        insecure: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> PullReport:
+        """Have the node fetch a model. Cancelling stops the pull unless another client watches it;
+        what was fetched is kept.
+        """
+        body = {"model": name, "from_origin": from_origin, "insecure": insecure}
+        async with self._request("POST", "/pull", body) as answer:
+            async for line in answer.lines():
+                found = msgspec.json.decode(line, type=dict[str, Any])
+                if "error" in found:
+                    raise errors.restored(str(found.get("code", "")), str(found["error"]))
+                if "report" in found:
+                    return msgspec.convert(found["report"], PullReport)
+                if on_progress is not None:
+                    on_progress(msgspec.convert(found, PullProgress))
+        raise _broken_off(self._where)
+
+    async def import_model(self, path: Path, name: str) -> ModelInfo:
+        """Make a local file a model."""
+        body = {"path": _whole(path), "model": name}
+        return await self._ask("POST", "/import", ModelInfo, body)
+
+    async def create_model(self, name: str, modelfile: str, base_dir: Path) -> ModelInfo:
+        """Make a model from a Modelfile's text; relative paths in it count from base_dir."""
+        body = {"model": name, "modelfile": modelfile, "base_dir": _whole(base_dir)}
+        return await self._ask("POST", "/create", ModelInfo, body)
+
+    async def invite(self, *, uses: int, expires_s: float) -> Invitation:
+        """Issue a ticket."""
+        return await self._ask(
+            "POST", "/invite", Invitation, {"uses": uses, "expires_s": expires_s}
+        )
+
+    async def join(self, ticket_or_addresses: Sequence[str]) -> JoinReport:
+        """Join a swarm by ticket, or connect to multiaddrs."""
+        return await self._ask("POST", "/join", JoinReport, {"to": list(ticket_or_addresses)})
+
+    async def leave(self) -> str:
+        """Forget the swarm."""
+        outcome: str = (await self._ask("POST", "/leave", dict[str, str], {}))["outcome"]
+        return outcome
+
+    async def stop(self) -> None:
+        """Ask the node to stop; it may still run for a moment when this returns."""
+        await self._ask("POST", "/stop", dict[str, Any], {})
+
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[Event]]:
+        """What happens on the node, from entering the block on. Iteration ends when it stops."""
+        from trio_websocket import ConnectionClosed, HandshakeError, open_websocket_url
+
+        async def received(socket: Any) -> AsyncIterator[Event]:
+            try:
+                while True:
+                    yield msgspec.json.decode(await socket.get_message(), type=Event)
+            except ConnectionClosed:
+                return
+
+        headers = [(b"Authorization", f"Bearer {self._token}".encode())]
+        url = f"ws://{self.address}/omx/v1/events"
+        try:
+            opened = open_websocket_url(url, extra_headers=headers)
+            socket = await opened.__aenter__()
+        except HandshakeError as error:
+            raise self._refused(getattr(error, "status_code", 0)) from error
+        except OSError as error:
+            raise NodeNotRunning(self._where) from error
+        try:
+            yield received(socket)
+        finally:
+            await opened.__aexit__(None, None, None)
+
+    # -- one request ---------------------------------------------------------------------------
+
+    async def _ask(self, method: str, path: str, wanted: type[T], body: Any = None) -> T:
+        async with self._request(method, path, body) as answer:
+            raw = await answer.everything()
+        try:
+            return msgspec.json.decode(raw, type=wanted)
+        except msgspec.MsgspecError as error:
+            raise LocalTrouble(
+                f"the node at {self.address} answers in a way this omx does not know "
+                f"({error}); restart it with this version"
+            ) from None
+
+    @asynccontextmanager
+    async def _request(self, method: str, path: str, body: Any) -> AsyncIterator["_Answer"]:
+        """An answer whose status is 200; any other is raised as the error it carries."""
+        stream = await self._connected()
+        async with stream:
+            answer = _Answer(stream, self._where)
+            await answer.ask(self._head(method, path, body), msgspec.json.encode(body))
+            if answer.status != 200:
+                raise self._error(answer.status, await answer.everything())
+            yield answer
+
+    async def _connected(self) -> trio.SocketStream:
+        host, _, port = self.address.rpartition(":")
+        try:
+            with trio.fail_after(CONNECT_TIMEOUT_S):
+                return await trio.open_tcp_stream(host.strip("[]"), int(port))
+        except (OSError, trio.TooSlowError) as error:
+            raise NodeNotRunning(self._where) from error
+
+    def _head(self, method: str, path: str, body: Any) -> h11.Request:
+        length = len(msgspec.json.encode(body)) if body is not None else 0
+        headers = [
+            ("Host", self.address),
+            ("Authorization", f"Bearer {self._token}"),
+            ("Content-Length", str(length)),
+            ("Connection", "close"),
+        ]
+        return h11.Request(method=method, target=f"/omx/v1{path}", headers=headers)
+
+    def _error(self, status: int, raw: bytes) -> OmxError:
+        try:
+            found = msgspec.json.decode(raw, type=dict[str, str])
+            text, code = found["error"], found["code"]
+        except (msgspec.MsgspecError, KeyError):
+            return self._refused(status)
+        return self._refused(status) if status == 401 else errors.restored(code, text)
+
+    def _refused(self, status: int) -> OmxError:
+        """Something answers there, but not as the node of our data folder would."""
+        return LocalTrouble(
+            f"what listens on {self.address} is not the node of {self._where} (HTTP {status}); "
+            "is it a node with another --data-dir?"
+        )
+
+
+class _Answer:
+    """One HTTP exchange on a stream of its own."""
+
+    def __init__(self, stream: trio.SocketStream, where: str) -> None:
+        self._stream = stream
+        self._where = where
+        self._http = h11.Connection(h11.CLIENT)
+        self.status = 0
+
+    async def ask(self, head: h11.Request, body: bytes) -> None:
+        """Send the request; returns once the status is known."""
+        data = self._http.send(head) or b""
+        if dict(head.headers)[b"content-length"] != b"0":
+            data += self._http.send(h11.Data(data=body)) or b""
+        data += self._http.send(h11.EndOfMessage()) or b""
+        with suppress(trio.BrokenResourceError):  # an early refusal (413) may be there to read
+            await self._stream.send_all(data)
+        event = await self._next_event()
+        while isinstance(event, h11.InformationalResponse):
+            event = await self._next_event()
+        assert isinstance(event, h11.Response)
+        self.status = event.status_code
+
+    async def everything(self) -> bytes:
+        """The whole body."""
+        whole = bytearray()
+        async for part in self._parts():
+            whole += part
+            if len(whole) > ANSWER_BYTES_MAX:
+                raise LocalTrouble(f"the answer of {self._where} is unreasonably long")
+        return bytes(whole)
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        """The body's lines as they arrive."""
+        rest = bytearray()
+        async for part in self._parts():
+            rest += part
+            *whole, last = rest.split(b"\n")
+            for line in whole:
+                yield bytes(line)
+            rest = bytearray(last)
+            if len(rest) > LINE_BYTES_MAX:
+                raise LocalTrouble(f"a line in the answer of {self._where} is unreasonably long")
+
+    async def _parts(self) -> AsyncIterator[bytes]:
+        while True:
+            event = await self._next_event()
+            if isinstance(event, h11.Data):
+                yield bytes(event.data)
+            else:
+                return
+
+    async def _next_event(self) -> Any:
+        try:
+            while (event := self._http.next_event()) is h11.NEED_DATA:
+                self._http.receive_data(await self._stream.receive_some(65_536))
+        except (h11.RemoteProtocolError, trio.BrokenResourceError) as error:
+            raise _broken_off(self._where) from error
+        if isinstance(event, h11.ConnectionClosed):
+            raise _broken_off(self._where)
+        return event
+
+
+class _Peers(msgspec.Struct):
+    peers: tuple[PeerInfo, ...]
+
+
+class _Models(msgspec.Struct):
+    models: tuple[ModelInfo, ...]
+
+
+def _broken_off(where: str) -> OmxError:
+    return LocalTrouble(f"the node on {where} ended in the middle of an answer; is it still there?")
+
+
+def _whole(path: Path) -> str:
+    """The node's working folder is another than ours."""
+    return os.path.abspath(path)

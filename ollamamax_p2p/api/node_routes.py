@@ -1,0 +1,131 @@
+"""What the node answers under /omx/v1: each function reads a body, asks the node, gives JSON."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ollamamax_p2p.api import bodies
+from ollamamax_p2p.api.bodies import read_body
+from ollamamax_p2p.api.pull_stream import PullResponse
+from ollamamax_p2p.api.served_node import ServedNode
+from ollamamax_p2p.api.shared_pulls import SharedPulls
+from ollamamax_p2p.errors import BadInput
+
+Answer = Response | PullResponse
+Endpoint = Callable[[Request], Awaitable[Answer]]
+
+
+class NodeRoutes:
+    """The endpoints of one served node."""
+
+    def __init__(self, node: ServedNode, pulls: SharedPulls) -> None:
+        self._node = node
+        self._pulls = pulls
+
+    async def hello(self, request: Request) -> Response:
+        """Say that an omx listens here."""
+        return Response("omx is running", media_type="text/plain")
+
+    async def version(self, request: Request) -> Response:
+        """The version of the node."""
+        return _json({"version": (await self._node.status()).version})
+
+    async def status(self, request: Request) -> Response:
+        """One look at the node: a NodeStatus."""
+        return _json(await self._node.status())
+
+    async def peers(self, request: Request) -> Response:
+        """The peers connected now."""
+        return _json({"peers": await self._node.peers()})
+
+    async def models(self, request: Request) -> Response:
+        """What the store holds, newest first."""
+        return _json({"models": await self._node.models()})
+
+    async def show(self, request: Request) -> Response:
+        """What a model is made of: a ModelDetails."""
+        body = await read_body(request, bodies.ModelBody)
+        return _json(await self._node.show(body.model))
+
+    async def copy(self, request: Request) -> Response:
+        """Give a model a second name."""
+        body = await read_body(request, bodies.CopyBody)
+        await self._node.copy(body.source, body.destination)
+        return _json({})
+
+    async def delete(self, request: Request) -> Response:
+        """Remove a name and the blobs that no other needs."""
+        body = await read_body(request, bodies.ModelBody)
+        await self._node.remove(body.model)
+        return _json({})
+
+    async def pull(self, request: Request) -> Answer:
+        """Fetch a model: NDJSON, a line per state, then `{"status":"success","report":…}`."""
+        return PullResponse(self._pulls, await read_body(request, bodies.PullBody))
+
+    async def import_model(self, request: Request) -> Response:
+        """Make a GGUF or safetensors file of this machine a model."""
+        body = await read_body(request, bodies.ImportBody)
+        return _json(await self._node.import_model(_absolute(body.path, "path"), body.model))
+
+    async def create(self, request: Request) -> Response:
+        """Make a model from a Modelfile's text."""
+        body = await read_body(request, bodies.CreateBody)
+        base_dir = _absolute(body.base_dir, "base_dir")
+        return _json(await self._node.create_model(body.model, body.modelfile, base_dir))
+
+    async def invite(self, request: Request) -> Response:
+        """Issue a ticket."""
+        body = await read_body(request, bodies.InviteBody)
+        return _json(await self._node.invite(uses=body.uses, expires_s=body.expires_s))
+
+    async def join(self, request: Request) -> Response:
+        """Join a swarm by ticket, or connect to multiaddrs."""
+        body = await read_body(request, bodies.JoinBody)
+        return _json(await self._node.join(body.to))
+
+    async def leave(self, request: Request) -> Response:
+        """Forget the swarm."""
+        return _json({"outcome": await self._node.leave()})
+
+    async def stop(self, request: Request) -> Response:
+        """Ask the node to stop; it ends after this answer."""
+        self._node.request_stop()
+        return _json({})
+
+    async def doctor(self, request: Request) -> Response:
+        """What the node knows that `omx doctor` cannot see from outside."""
+        status, peers = await self._node.status(), await self._node.peers()
+        return _json({"status": status, "peers": peers})
+
+
+def _json(value: Any) -> Response:
+    return Response(
+        msgspec.json.encode(value),
+        media_type="application/json",
+        headers={"cache-control": "no-store"},
+    )
+
+
+def _absolute(text: str, field: str) -> Path:
+    path = Path(text)
+    if not path.is_absolute() or "\0" in text:
+        raise BadInput(f"{field} must be an absolute path, not {text!r}")
+    return path
+
+
+REQUEST_BODIES: Mapping[str, type[msgspec.Struct]] = {
+    "show": bodies.ModelBody,
+    "copy": bodies.CopyBody,
+    "delete": bodies.ModelBody,
+    "pull": bodies.PullBody,
+    "import_model": bodies.ImportBody,
+    "create": bodies.CreateBody,
+    "invite": bodies.InviteBody,
+    "join": bodies.JoinBody,
+}
+"""Which body an endpoint reads; for the reference page."""

@@ -1,0 +1,217 @@
+"""ServedNode: what the API needs of a node, and the values that cross the API.
+
+`node.Node` implements it; the tests have a small one in RAM (`tests/api/ram_node.py`). The values
+are plain frozen dataclasses, so that server and client share one definition and library users get
+the same objects with or without HTTP in between.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from ollamamax_p2p.observability import EventFeed
+from ollamamax_p2p.transfer import PullProgress, PullReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreStatus:
+    """The model store as it is now."""
+
+    path: str
+    writable: bool
+    free_bytes: int
+    """Room left on its file system."""
+    model_count: int
+    partial_count: int = 0
+    """Unfinished blobs that a later pull resumes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatus:
+    """One look at a running node."""
+
+    peer_id: str
+    name: str
+    """What peers are shown; the host name unless set."""
+    version: str
+    swarm_id: str
+    """Empty while the node belongs to no swarm."""
+    open_swarm: bool
+    """True if the swarm has no key: everybody may connect."""
+    addresses: tuple[str, ...]
+    """Multiaddrs with /p2p/<peer id> under which it can be dialled."""
+    api_address: str
+    """host:port of the HTTP API; "" if it has none."""
+    data_dir: str
+    uptime_s: float
+    now: str
+    """This node's clock, ISO 8601 in UTC."""
+    peer_count: int
+    store: StoreStatus
+    pulls: tuple[str, ...] = ()
+    """Models being pulled right now."""
+    mdns: str = "off"
+    """`on`, `off`, or why it does not work."""
+    other_swarms: tuple[str, ...] = ()
+    """Ids of other swarms seen on this network."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerInfo:
+    """A connected peer."""
+
+    peer_id: str
+    address: str
+    """Its transport address as seen from here; "" if unknown."""
+    inbound: bool
+    """True if it dialled us."""
+    member: bool
+    """True if it is admitted to the swarm."""
+    name: str = ""
+    """What it calls itself; not verified."""
+    round_trip_ms: float | None = None
+    clock_offset_s: float | None = None
+    """Its clock minus ours, where known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A model in the store."""
+
+    name: str
+    """As Ollama displays it: default host and namespace left out, the tag always there."""
+    digest: str
+    """sha256:<hex> of the manifest; its first 12 digits are what `list` shows as ID."""
+    size: int
+    """Bytes of all its blobs."""
+    modified_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLayer:
+    """One blob of a model."""
+
+    media_type: str
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDetails:
+    """What a model is made of, as `show` tells it. Empty text or 0 means that the model does not
+    say.
+    """
+
+    name: str
+    digest: str
+    size: int
+    modified_at: datetime
+    layers: tuple[ModelLayer, ...] = ()
+    format: str = ""
+    """`gguf` or `safetensors`."""
+    architecture: str = ""
+    parameter_size: str = ""
+    """As people say it: `134.52M`."""
+    quantization: str = ""
+    context_length: int = 0
+    embedding_length: int = 0
+    capabilities: tuple[str, ...] = ()
+    license: str = ""
+    modelfile: str = ""
+    parameters: str = ""
+    """One per line, name and value."""
+    template: str = ""
+    system: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invitation:
+    """A ticket just issued."""
+
+    ticket: str
+    uses: int
+    expires_at: str
+    """ISO 8601 in UTC."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinReport:
+    """The swarm a node now belongs to."""
+
+    swarm_id: str
+    peers: tuple[str, ...]
+    """Who let it in, or answered."""
+
+
+OnProgress = Callable[[PullProgress], None]
+"""Called for every state of a pull, in the event loop; must not block."""
+
+
+class ServedNode(Protocol):
+    """A running node, as the API sees it. Raises OmxErrors only; names are taken as users write
+    them.
+    """
+
+    @property
+    def events(self) -> EventFeed:
+        """What happens on this node."""
+
+    async def status(self) -> NodeStatus:
+        """One look at the node."""
+
+    async def peers(self) -> tuple[PeerInfo, ...]:
+        """The peers connected now."""
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """What the store holds, newest first."""
+
+    async def show(self, name: str) -> ModelDetails:
+        """Raises BadName, ModelNotFound."""
+
+    async def copy(self, source: str, destination: str) -> None:
+        """Give a model a second name. Raises BadName, ModelNotFound, StoreReadOnly."""
+
+    async def remove(self, name: str) -> None:
+        """Remove a name and the blobs that no other needs. Raises BadName, ModelNotFound,
+        StoreReadOnly.
+        """
+
+    async def pull(
+        self,
+        name: str,
+        *,
+        from_origin: bool = False,
+        insecure: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> PullReport:
+        """Fetch a model from whoever has it. Cancelling keeps what is there for the next time.
+
+        from_origin: ask the origin, not the peers, what the name means now; the bytes may still
+        come from peers.
+        insecure: this origin may be spoken to by plain http.
+        """
+
+    async def import_model(self, path: Path, name: str) -> ModelInfo:
+        """Make a local GGUF or safetensors file a model; the file is neither moved nor changed."""
+
+    async def create_model(self, name: str, modelfile: str, base_dir: Path) -> ModelInfo:
+        """Make a model from a Modelfile's text; relative paths in it count from base_dir."""
+
+    async def invite(self, *, uses: int, expires_s: float) -> Invitation:
+        """Issue a ticket to this node's swarm."""
+
+    async def join(self, ticket_or_addresses: Sequence[str]) -> JoinReport:
+        """Become a member by a ticket, or connect to the given multiaddrs. Raises BadTicket and
+        its kinds, BadAddress, PeerUnreachable, NotAdmitted.
+        """
+
+    async def leave(self) -> str:
+        """Forget the swarm: its key, its members. Models stay. `left` or `not in a swarm`."""
+
+    def request_stop(self) -> None:
+        """Ask the node's owner to close it; `wait_for_stop` then returns. Idempotent."""
+
+    async def wait_for_stop(self) -> None:
+        """Returns once somebody has asked the node to stop."""

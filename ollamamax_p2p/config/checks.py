@@ -1,0 +1,176 @@
+"""Which values can be used: ranges, addresses, and settings that must fit each other."""
+
+import math
+from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
+from typing import Any
+
+from ollamamax_p2p.errors import BadAddress, BadPeerId
+
+Problem = tuple[str, str]
+"""A setting's key and what is wrong with its value."""
+
+_COUNTS_MIN: Mapping[str, int] = {
+    "host.connections_max": 1,
+    "transfer.upload_slots": 0,  # 0: a node that only takes; honest about it, so allowed
+    "transfer.sources_max": 1,
+    "transfer.stall_strikes": 1,
+    "transfer.requests_in_flight_bytes": 1024 * 1024,  # one chunk of the smallest size
+    "origin.connections": 1,
+    "discovery.remembered_peers_max": 0,
+    "content.reserve_bytes": 0,
+}
+
+_COUNTS_MAX: Mapping[str, int] = {
+    "host.connections_max": 65_536,
+    "transfer.upload_slots": 1_024,
+    "transfer.sources_max": 1_024,
+    "origin.connections": 64,  # more is an attack on the registry
+    "discovery.remembered_peers_max": 100_000,
+}
+
+SECONDS_MAX = 30 * 86_400.0
+"""No interval or timeout of ours makes sense beyond a month; a larger one is a wrong unit."""
+
+_ORDERED = (
+    ("host.heartbeat_interval_s", "host.heartbeat_timeout_s", "or every peer is dropped"),
+    ("host.reconnect_delay_s_min", "host.reconnect_delay_s_max", "the pause grows between the two"),
+    (
+        "discovery.announce_interval_s",
+        "discovery.announce_lifetime_s",
+        "or announcements lapse before they are renewed",
+    ),
+)
+
+
+NAME_CHARS_MAX = 64
+"""A node's name is shown in tables and sent to peers; host names may have 253 characters."""
+
+
+def first_problem(values: Mapping[str, Any]) -> Problem | None:
+    """The first thing that cannot be used. values: all of a config's, by key."""
+    for key, value in values.items():
+        problem = value_problem(key, value)
+        if problem:
+            return key, problem
+    return next(_misfits(values), None)
+
+
+def value_problem(key: str, value: Any) -> str | None:
+    """What is wrong with one setting's value, or None."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return _number_problem(key, value)
+    check = _CHECKS.get(key)
+    return check(value) if check else None
+
+
+def _misfits(values: Mapping[str, Any]) -> Iterator[Problem]:
+    for low, high, why in _ORDERED:
+        if values[low] > values[high]:
+            yield low, f"must not be more than {high} ({values[high]:g}), {why}"
+
+
+def _number_problem(key: str, value: float) -> str | None:
+    if key.endswith(("_s", "_s_min", "_s_max")):
+        if not math.isfinite(value) or not 0 < value <= SECONDS_MAX:
+            return f"{value:g} is not between 0 and {SECONDS_MAX:,.0f} seconds"
+        return None
+    low, high = _COUNTS_MIN.get(key, 0), _COUNTS_MAX.get(key)
+    if value < low:
+        return f"{value} is too small, the least is {low}"
+    if high is not None and value > high:
+        return f"{value} is too large, the most is {high}"
+    return None
+
+
+def _name_problem(name: str) -> str | None:
+    if not 1 <= len(name) <= NAME_CHARS_MAX:
+        return f"a name has 1 to {NAME_CHARS_MAX} characters"
+    return None if name.isprintable() else "a name has printable characters only"
+
+
+def _transports_problem(addresses: tuple[str, ...]) -> str | None:
+    from ollamamax_p2p.identity import parse_transport  # costs multiaddr
+
+    return _first_bad(parse_transport, addresses)
+
+
+def _listen_problem(addresses: tuple[str, ...]) -> str | None:
+    if not addresses:
+        return "give at least one, e.g. /ip4/0.0.0.0/tcp/4011"
+    return _transports_problem(addresses)
+
+
+def _addresses_problem(addresses: tuple[str, ...]) -> str | None:
+    from ollamamax_p2p.identity import parse_address
+
+    return _first_bad(parse_address, addresses)
+
+
+def _first_bad(parse: Any, texts: tuple[str, ...]) -> str | None:
+    for text in texts:
+        try:
+            parse(text)
+        except (BadAddress, BadPeerId) as error:
+            return str(error)
+    return None
+
+
+def _interfaces_problem(interfaces: tuple[str, ...]) -> str | None:
+    for text in interfaces:
+        try:
+            ip_address(text)
+        except ValueError:
+            return f"{text!r} is not an IP address; give the interface's own, e.g. 192.168.1.7"
+    return None
+
+
+def _api_problem(listen: str) -> str | None:
+    host, separator, port = listen.rpartition(":")
+    if not separator or not port.isascii() or not port.isdigit() or not 0 <= int(port) <= 65_535:
+        return f"{listen!r} is not host:port with a port of 0 to 65535, e.g. 127.0.0.1:11435"
+    if host == "localhost":
+        return None
+    try:
+        address = ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return f"{host!r} is not an IP address, e.g. 127.0.0.1:11435"
+    if address.version == 6 and not host.startswith("["):
+        return f"write an IPv6 address in brackets: [{host}]:{port}"
+    if not address.is_loopback:
+        return f"{host} is not a loopback address; the API has no encryption, so only this machine"
+    return None
+
+
+def _registries_problem(hosts: tuple[str, ...]) -> str | None:
+    wrong = next((host for host in hosts if not host or "/" in host or " " in host), None)
+    return None if wrong is None else f"{wrong!r} is not host[:port]"
+
+
+def _token_hosts_problem(hosts: Mapping[str, tuple[str, ...]]) -> str | None:
+    return _registries_problem((*hosts, *(each for row in hosts.values() for each in row)))
+
+
+def _credentials_problem(credentials: Mapping[str, str]) -> str | None:
+    for host, secret in credentials.items():
+        if _registries_problem((host,)):
+            return f"{host!r} is not host[:port]"
+        if ":" not in secret:
+            return f"the value for {host} is not user:password"  # the secret itself is not shown
+    return None
+
+
+_CHECKS: Mapping[str, Any] = {
+    "name": _name_problem,
+    "host.listen": _listen_problem,
+    "host.announce": _transports_problem,
+    "discovery.bootstrap": _addresses_problem,
+    "discovery.mdns_interfaces": _interfaces_problem,
+    "origin.insecure": _registries_problem,
+    "origin.allow_private": _registries_problem,
+    "origin.credentials": _credentials_problem,
+    "origin.token_hosts": _token_hosts_problem,
+    "api.listen": _api_problem,
+}

@@ -1,0 +1,646 @@
+"""open_node(): one running node. Builds the services bottom-up and owns the one top nursery.
+
+A node outlives the swarm it is in: key, store and API stay while `join` and `leave` end one
+**session** (host, links, discovery, transfer) and open the next, because another swarm means
+another pre-shared key for the host. `open_session` takes any PeerHost, so that simulated swarms run
+exactly what real nodes run.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import random
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+import trio
+
+from ollamamax_p2p.api import (
+    Invitation,
+    JoinReport,
+    ModelDetails,
+    ModelInfo,
+    ModelLayer,
+    NodeStatus,
+    PeerInfo,
+    StoreStatus,
+    open_api,
+)
+from ollamamax_p2p.config import NodeConfig
+from ollamamax_p2p.content import (
+    BlobStore,
+    create_model,
+    describe_model,
+    import_model,
+    open_disk_store,
+)
+from ollamamax_p2p.content.core.model_name import ModelName, parse_model_name
+from ollamamax_p2p.discovery import Discovery, forget_remembered_peers, open_discovery
+from ollamamax_p2p.errors import (
+    AccessRefused,
+    BadConfig,
+    DataDirInUse,
+    NotAdmitted,
+    OmxError,
+)
+from ollamamax_p2p.host import (
+    Connections,
+    PeerHost,
+    open_connections,
+    open_libp2p_host,
+)
+from ollamamax_p2p.identity import (
+    Address,
+    Membership,
+    NodeKey,
+    Ticket,
+    format_ticket,
+    load_or_create_key,
+    parse_address,
+    parse_ticket,
+)
+from ollamamax_p2p.observability import EventFeed
+from ollamamax_p2p.transfer import Origin, PullProgress, PullReport, Transfer, open_transfer
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+OnProgress = Callable[[PullProgress], None]
+
+_RENEWED_S = 60.0
+# A join or leave ends one session and opens another: two dials and a Kademlia start at most.
+
+
+def wall_clock() -> float:
+    """Unix seconds. The one place where the library reads the wall clock itself."""
+    return datetime.now(UTC).timestamp()
+
+
+def installed_version() -> str:
+    """This library's version; `0+unknown` where the code runs without being installed."""
+    try:
+        return version("ollamamax-p2p")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+@asynccontextmanager
+async def open_node(
+    config: NodeConfig | None = None, *, serve_api: bool = False
+) -> AsyncIterator["Node"]:
+    """Run a node for as long as the block is open.
+
+    config: the defaults if None; `load_config` reads file and environment.
+    serve_api: also listen on `config.api.listen`, as `omx up` does.
+    Raises LocalTrouble (DataDirInUse, PortInUse, KeyExposed, StoreFull…), BadConfig.
+    """
+    config = config or NodeConfig()
+    with _data_dir_of_our_own(config.data_dir):
+        key = await trio.to_thread.run_sync(load_or_create_key, config.data_dir / "node-key")
+        membership = await trio.to_thread.run_sync(_membership_of, config)
+        feed = EventFeed()
+        async with (
+            open_disk_store(
+                config.content.models, config.data_dir / "store", config.content
+            ) as store,
+            _open_origin(config, key) as origin,
+            trio.open_nursery() as nursery,
+        ):
+            node = Node(config, key, membership, store, origin, feed)
+            await nursery.start(node._run_sessions)
+            async with _maybe_api(node, config, serve_api):
+                yield node
+            nursery.cancel_scope.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a node runs while it is in one swarm."""
+
+    membership: Membership
+    host: PeerHost
+    connections: Connections
+    discovery: Discovery
+    transfer: Transfer
+
+
+@asynccontextmanager
+async def open_session(
+    config: NodeConfig,
+    membership: Membership,
+    host: PeerHost,
+    store: BlobStore,
+    *,
+    origin: Origin | None,
+    feed: EventFeed,
+    rng: random.Random,
+    data_dir: Path | None = None,
+    clock: Callable[[], float] = wall_clock,
+    libp2p: Any = None,
+) -> AsyncIterator[Session]:
+    """Everything above the host, opened in layer order, announcing what the store holds.
+
+    data_dir: where peers are remembered across restarts; None forgets them.
+    libp2p: the host's own libp2p host, which Kademlia needs; None runs without Kademlia.
+    """
+    learned: list[Callable[[Sequence[Address]], None]] = []
+    # Links come before discovery, which dials through them, and tell it what they learn.
+
+    def on_addresses(addresses: Sequence[Address]) -> None:
+        for learn in learned:
+            learn(addresses)
+
+    async with (
+        open_connections(
+            host,
+            membership,
+            config.host,
+            rng=rng,
+            feed=feed,
+            agent=f"ollamamax_p2p/{installed_version()} {config.name}",
+            wall_clock=clock,
+            on_addresses=on_addresses,
+        ) as connections,
+        open_discovery(
+            host,
+            connections,
+            membership.mdns_fingerprint(),
+            config.discovery,
+            data_dir=data_dir,
+            libp2p=libp2p,
+            rng=rng,
+            feed=feed,
+            wall_clock=clock,
+            open_swarm=membership.is_open,
+        ) as discovery,
+        open_transfer(
+            host,
+            store,
+            discovery.providers,
+            config.transfer,
+            origin=origin,
+            connected_peers=lambda: [status.peer for status in connections.peers()],
+            rng=rng,
+            feed=feed,
+            wall_clock=clock,
+        ) as transfer,
+    ):
+        learned.append(discovery.learn)
+        await discovery.providers.announce([*await store.blobs(), *await store.partials()])
+        yield Session(membership, host, connections, discovery, transfer)
+
+
+class Node:
+    """A running node. Made by `open_node`; every method may be called from any task."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        key: NodeKey,
+        membership: Membership,
+        store: BlobStore,
+        origin: Origin | None,
+        feed: EventFeed,
+    ) -> None:
+        self.config = config
+        self.peer_id = key.peer_id
+        self.events = feed
+        self.api_address = ""
+        self._key = key
+        self._membership = membership
+        self._store = store
+        self._origin = origin
+        self._rng = random.Random(secrets.randbits(128))
+        self._session: Session | None = None
+        self._moves, self._asked_moves = trio.open_memory_channel["_Move[Any]"](0)
+        self._opened_at = trio.current_time()
+        self._stop = trio.Event()
+        self._pulls: dict[str, int] = {}
+
+    # -- what it is and sees -------------------------------------------------------------------
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """Where others can dial this node, as known now."""
+        return self._now.host.addresses
+
+    async def status(self) -> NodeStatus:
+        """One look at the node."""
+        session = self._now
+        return NodeStatus(
+            peer_id=self.peer_id,
+            name=self.config.name,
+            version=installed_version(),
+            swarm_id=session.membership.swarm_id.hex(),
+            open_swarm=session.membership.is_open,
+            addresses=tuple(map(str, session.host.addresses)),
+            api_address=self.api_address,
+            data_dir=str(self.config.data_dir),
+            uptime_s=trio.current_time() - self._opened_at,
+            now=_iso_now(),
+            peer_count=len(session.connections.peers()),
+            store=StoreStatus(
+                path=str(self.config.content.models),
+                writable=self._store.writable,
+                free_bytes=await self._store.free_bytes(),
+                model_count=len(await self._store.models()),
+                partial_count=len(await self._store.partials()),
+            ),
+            pulls=tuple(self._pulls),
+            mdns=session.discovery.mdns_state,
+            other_swarms=tuple(session.discovery.other_swarms()),
+        )
+
+    async def peers(self) -> tuple[PeerInfo, ...]:
+        """The members connected now."""
+        return tuple(
+            PeerInfo(
+                peer_id=status.peer,
+                address=status.address,
+                inbound=status.inbound,
+                member=True,
+                name=status.agent.partition(" ")[2],
+                round_trip_ms=None if status.rtt_s is None else status.rtt_s * 1000,
+            )
+            for status in self._now.connections.peers()
+        )
+
+    # -- models --------------------------------------------------------------------------------
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """What the store holds, newest first."""
+        return tuple(
+            ModelInfo(
+                name=str(model.name),
+                digest=model.manifest_digest,
+                size=model.size,
+                modified_at=model.modified_at,
+            )
+            for model in await self._store.models()
+        )
+
+    async def show(self, name: str) -> ModelDetails:
+        """What a model is made of. Raises BadName, ModelNotFound."""
+        parsed = parse_model_name(name)
+        manifest = await self._store.manifest(parsed)
+        described = await describe_model(self._store, parsed)
+        layers = tuple(
+            ModelLayer(media_type=layer.media_type, digest=layer.digest, size=layer.size)
+            for layer in (manifest.config, *manifest.layers)
+        )
+        return ModelDetails(layers=layers, **described)
+
+    async def copy(self, source: str, destination: str) -> None:
+        """Give a model a second name. Raises BadName, ModelNotFound, StoreReadOnly."""
+        to = parse_model_name(destination)
+        await self._store.put_manifest(to, await self._store.manifest(parse_model_name(source)))
+
+    async def remove(self, name: str) -> None:
+        """Remove a name, and the blobs that no other needs. Raises BadName, ModelNotFound."""
+        removed = await self._store.remove_manifest(parse_model_name(name))
+        await self._now.discovery.providers.withdraw(removed)
+
+    async def pull(
+        self,
+        name: str,
+        *,
+        from_origin: bool = False,
+        insecure: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> PullReport:
+        """Fetch a model: from the members that have it, and from its origin where none has.
+
+        Cancelling keeps what is there; the next pull of it resumes.
+        from_origin: ask the origin, not the members, what the name means now.
+        insecure: this origin may be spoken to by plain http.
+        Raises BadName, ModelNotFound, StoreFull, StoreReadOnly, NoSources, OriginTrouble.
+        """
+        parsed = parse_model_name(name)
+        with self._counted(str(parsed)):
+            await self._now.discovery.settled()
+            return await self._now.transfer.pull(
+                parsed,
+                from_origin=from_origin,
+                insecure=insecure,
+                on_progress=on_progress or _ignore,
+            )
+
+    async def import_model(self, path: Path, name: str) -> ModelInfo:
+        """Make a local GGUF or safetensors file a model; the file is neither moved nor changed."""
+        parsed = parse_model_name(name)
+        await import_model(self._store, path, parsed)
+        return await self._announced(parsed)
+
+    async def create_model(self, name: str, modelfile: str, base_dir: Path) -> ModelInfo:
+        """Make a model from a Modelfile's text; relative paths in it count from base_dir."""
+        parsed = parse_model_name(name)
+        await create_model(self._store, parsed, modelfile, base_dir)
+        return await self._announced(parsed)
+
+    async def _announced(self, name: ModelName) -> ModelInfo:
+        manifest = await self._store.manifest(name)
+        await self._now.discovery.providers.announce([digest for digest, _ in manifest.blobs()])
+        return next(model for model in await self.models() if model.name == str(name))
+
+    # -- the swarm -----------------------------------------------------------------------------
+
+    async def invite(self, *, uses: int = 1, expires_s: float = 3600.0) -> Invitation:
+        """Issue a ticket for this node's swarm. Raises BadConfig if a number is out of range."""
+        addresses = self.addresses[:16]
+        if not addresses:
+            raise BadConfig(
+                "host.listen", "this node listens nowhere, so nobody could use a ticket"
+            )
+        issued = await trio.to_thread.run_sync(
+            lambda: self._membership.issue(
+                addresses, uses=uses, lifetime_s=int(expires_s), now=wall_clock()
+            )
+        )
+        return Invitation(
+            ticket=format_ticket(issued), uses=uses, expires_at=_iso(issued.expires_at)
+        )
+
+    async def join(self, ticket_or_addresses: Sequence[str]) -> JoinReport:
+        """Become a member by a ticket, or connect to the peer at the given multiaddrs.
+
+        Raises BadTicket and its kinds, BadAddress, PeerUnreachable, NotAdmitted; BadConfig if this
+        node is in another swarm that has other members.
+        """
+        if len(ticket_or_addresses) == 1 and not ticket_or_addresses[0].startswith("/"):
+            return await self._join_by_ticket(parse_ticket(ticket_or_addresses[0]))
+        addresses = [parse_address(text) for text in ticket_or_addresses]
+        if not addresses:
+            raise BadConfig("join", "give a ticket or at least one address")
+        return await self._join_by_addresses(addresses)
+
+    async def leave(self) -> str:
+        """Forget the swarm, its keys and its members; models stay. The node is alone then."""
+        if await self._is_alone():
+            return "not in a swarm"
+        await self._now.connections.leave()
+        await self._move(self._start_alone)
+        return "left"
+
+    def request_stop(self) -> None:
+        """Ask the node's owner to close it; `wait_for_stop` then returns."""
+        self._stop.set()
+
+    async def wait_for_stop(self) -> None:
+        """Returns once somebody has asked the node to stop."""
+        await self._stop.wait()
+
+    # -- joining and leaving -------------------------------------------------------------------
+
+    async def _join_by_ticket(self, ticket: Ticket) -> JoinReport:
+        if ticket.swarm_id != self._membership.swarm_id:
+            await self._check_may_move()
+            peers = await self._move(lambda: self._redeem(ticket))
+        else:
+            peers = ticket.addresses
+        return await self._met(peers)
+
+    async def _join_by_addresses(self, addresses: Sequence[Address]) -> JoinReport:
+        try:
+            await self._now.connections.reach(addresses)
+        except OmxError:
+            # Not of our swarm. If it is an open one, and ours is nobody's but ours, move there.
+            if not await self._is_alone():
+                raise
+            await self._move(lambda: self._enter_open(addresses))
+        return await self._met(addresses)
+
+    async def _met(self, peers: Sequence[Address]) -> JoinReport:
+        """Be connected to the first of these peers, and stay in touch with all."""
+        session = self._now
+        first = [address for address in peers if address.peer == peers[0].peer]
+        reached = await session.connections.reach(first)
+        session.connections.keep(first)
+        session.discovery.learn(peers)
+        return JoinReport(swarm_id=session.membership.swarm_id.hex(), peers=(reached,))
+
+    async def _check_may_move(self) -> None:
+        if not await self._is_alone():
+            raise BadConfig(
+                "join", "this node is in a swarm with other members; leave it first (`omx leave`)"
+            )
+        if self._pulls:
+            raise BadConfig("join", f"a pull is running ({next(iter(self._pulls))}); let it end")
+
+    async def _is_alone(self) -> bool:
+        """Whether nobody else was ever seen in this swarm."""
+        session = self._now
+        return not (
+            session.connections.peers()
+            or session.connections.known_addresses()
+            or session.discovery.known_peers()
+            or session.membership.has_admitted
+        )
+
+    async def _redeem(self, ticket: Ticket) -> tuple[Address, ...]:
+        async with self._provisional(ticket.swarm_key) as connections:
+            redeemed = await connections.redeem(ticket)
+        await self._replace_membership(lambda path: Membership.join(path, ticket, redeemed.grant))
+        return redeemed.peers
+
+    async def _enter_open(self, addresses: Sequence[Address]) -> None:
+        async with self._provisional(None) as connections:
+            swarm_id = await connections.enter(addresses)
+        await self._replace_membership(lambda path: Membership.join_open(path, swarm_id))
+
+    async def _start_alone(self) -> None:
+        await trio.to_thread.run_sync(forget_remembered_peers, self.config.data_dir)
+        await self._replace_membership(
+            lambda path: Membership.create(path, open_swarm=self.config.open_swarm)
+        )
+
+    async def _replace_membership(self, make: Callable[[Path], Membership]) -> None:
+        def replace() -> Membership:
+            self._membership.leave()
+            return make(_membership_path(self.config))
+
+        self._membership = await trio.to_thread.run_sync(replace)
+
+    @asynccontextmanager
+    async def _provisional(self, swarm_key: bytes | None) -> AsyncIterator[Connections]:
+        """A host in a swarm whose member this node is not yet."""
+        async with (
+            open_libp2p_host(self._key.seed, self.config.host, swarm_key=swarm_key) as host,
+            open_connections(
+                host,
+                None,
+                self.config.host,
+                rng=self._rng,
+                feed=self.events,
+                agent=f"ollamamax_p2p/{installed_version()} {self.config.name}",
+                wall_clock=wall_clock,
+            ) as connections,
+        ):
+            yield connections
+
+    # -- sessions ------------------------------------------------------------------------------
+
+    @property
+    def _now(self) -> Session:
+        if self._session is None:
+            raise NotAdmitted(self.peer_id, "it is just joining or leaving a swarm; try again")
+        return self._session
+
+    async def _move(self, between: Callable[[], Awaitable[T]]) -> T:
+        """Close the session, run `between`, open the next; gives or raises what `between` did."""
+        move: _Move[T] = _Move(between)
+        with trio.fail_after(_RENEWED_S):
+            await self._moves.send(move)
+            await move.over.wait()
+        return move.outcome()
+
+    async def _run_sessions(self, task_status: trio.TaskStatus[None]) -> None:
+        finished: _Move[Any] | None = None
+        while True:
+            async with self._open_session() as self._session:
+                if finished is None:
+                    task_status.started()
+                else:
+                    finished.over.set()
+                finished = await self._asked_moves.receive()
+                self._session = None
+            await finished.run()
+
+    @asynccontextmanager
+    async def _open_session(self) -> AsyncIterator[Session]:
+        membership = self._membership
+        async with (
+            open_libp2p_host(
+                self._key.seed,
+                self.config.host,
+                swarm_key=membership.swarm_key,
+                admit_all=membership.is_open,
+            ) as host,
+            open_session(
+                self.config,
+                membership,
+                host,
+                self._store,
+                origin=self._origin,
+                feed=self.events,
+                rng=self._rng,
+                data_dir=self.config.data_dir,
+                libp2p=host.libp2p,
+            ) as session,
+        ):
+            yield session
+
+    @contextlib.contextmanager
+    def _counted(self, model: str) -> Iterator[None]:
+        self._pulls[model] = self._pulls.get(model, 0) + 1
+        try:
+            yield
+        finally:
+            self._pulls[model] -= 1
+            if not self._pulls[model]:
+                del self._pulls[model]
+
+
+class _Move(Generic[T]):
+    """Something to do between two sessions, and how it went."""
+
+    def __init__(self, between: Callable[[], Awaitable[T]]) -> None:
+        self._between = between
+        self._result: T | None = None
+        self._error: OmxError | None = None
+        self.over = trio.Event()
+        """Set once the next session is open."""
+
+    async def run(self) -> None:
+        """Do it; what goes wrong is the asker's to see, the next session opens all the same."""
+        try:
+            self._result = await self._between()
+        except OmxError as error:
+            self._error = error
+
+    def outcome(self) -> T:
+        """What it gave, or raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return cast("T", self._result)
+
+
+@asynccontextmanager
+async def _maybe_api(node: Node, config: NodeConfig, serve_api: bool) -> AsyncIterator[None]:
+    if not serve_api:
+        yield
+        return
+    async with open_api(node, config.api, data_dir=config.data_dir, peer_id=node.peer_id) as server:
+        node.api_address = server.address
+        yield
+
+
+@asynccontextmanager
+async def _open_origin(config: NodeConfig, key: NodeKey) -> AsyncIterator[Origin | None]:
+    if not config.origin.enabled:
+        yield None
+        return
+    from ollamamax_p2p.transfer import open_registry_origin, signing_key
+
+    async with open_registry_origin(
+        config.origin,
+        node_key=signing_key(key.seed),
+        rng=random.Random(secrets.randbits(128)),
+        user_agent=f"ollamamax_p2p/{installed_version()}",
+    ) as origin:
+        yield origin
+
+
+def _membership_path(config: NodeConfig) -> Path:
+    return config.data_dir / "swarm"
+
+
+def _membership_of(config: NodeConfig) -> Membership:
+    """The swarm this node is in; a new one with itself as the only member the first time."""
+    membership = Membership.load(_membership_path(config))
+    if membership is None:
+        return Membership.create(_membership_path(config), open_swarm=config.open_swarm)
+    if config.open_swarm and not membership.is_open:
+        raise BadConfig(
+            "open_swarm", "this node is in a private swarm; leave it first, `omx leave`"
+        )
+    return membership
+
+
+@contextlib.contextmanager
+def _data_dir_of_our_own(path: Path) -> Iterator[None]:
+    """The folder, made if it is missing, locked against a second node."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise AccessRefused(str(path), "write") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 20).decode(errors="replace").strip()
+            raise DataDirInUse(str(path), int(holder) if holder.isdigit() else None) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def _iso_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _iso(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds")
+
+
+def _ignore(_: PullProgress) -> None:
+    """For pulls that nobody watches."""

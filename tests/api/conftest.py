@@ -1,0 +1,1 @@
+from tests.api.serving import served  # noqa: F401 - a fixture
