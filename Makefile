@@ -49,6 +49,8 @@ $(VENV)/.installed: pyproject.toml | prerequisites
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' || { echo "make: installation of the test tools failed; the lines above say why"; exit 1; }
+	@# trio-typing, which py-libp2p needs, brings stubs of trio 0.10 that hide trio's own types from mypy.
+	@$(BIN)/python -c 'import shutil, sysconfig; shutil.rmtree(sysconfig.get_path("purelib") + "/trio-stubs", ignore_errors=True)'
 	@touch $@
 
 # A real model of 98 MB that comes as an ordinary Python wheel: SmolLM2-135M-Instruct, Apache-2.0.

@@ -1,0 +1,48 @@
+"""omx doctor: what is wrong with this machine, and the mend."""
+
+from typing import TYPE_CHECKING
+
+from omx_cli import options
+from omx_cli.options import node_flags
+from omx_cli.output import say, say_json
+
+if TYPE_CHECKING:
+    from ollamamax_p2p import Finding
+
+_MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "unknown": "?   "}
+
+
+def doctor(
+    data_dir: options.DataDir = None,
+    config: options.ConfigFile = None,
+    as_json: options.Json = False,
+) -> int:
+    """Examine this machine; ends with 4 if something must be mended."""
+    from ollamamax_p2p import examine_machine
+    from omx_cli.running import load, run
+
+    settings = load(node_flags(data_dir=data_dir), config)
+
+    async def work() -> "list[Finding]":
+        return await examine_machine(
+            data_dir=settings.data_dir,
+            content=settings.content,
+            host=settings.host,
+            discovery=settings.discovery,
+            origin=settings.origin,
+            api=settings.api,
+        )
+
+    findings = run(work)
+    if as_json:
+        say_json({"findings": findings})
+    else:
+        for finding in findings:
+            _say(finding)
+    return 4 if any(finding.verdict == "fail" for finding in findings) else 0
+
+
+def _say(finding: "Finding") -> None:
+    say(f"{_MARKS[finding.verdict]}  {finding.check}: {finding.text}")
+    if finding.mend:
+        say(f"      → {finding.mend}")

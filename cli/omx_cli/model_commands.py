@@ -1,0 +1,279 @@
+"""omx pull | import | create | list | show | cp | rm."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from omx_cli import options
+from omx_cli.options import node_flags
+from omx_cli.output import (
+    fields,
+    human_age,
+    human_bytes,
+    say,
+    say_json,
+    short_digest,
+    table,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from ollamamax_p2p import LocalClient, ModelDetails, ModelInfo, Node
+
+MODELFILE_BYTES_MAX = 3_000_000
+"""Below what the API takes; several licences fit."""
+
+
+def pull(
+    model: options.ModelArgument,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Speak plain http to this model's registry.")
+    ] = False,
+    from_origin: Annotated[
+        bool,
+        typer.Option("--from-origin", help="Ask the registry, not the peers, what the name means."),
+    ] = False,
+    name: options.NodeName = None,
+    data_dir: options.DataDir = None,
+    models: options.Models = None,
+    api: options.Api = None,
+    listen: options.Listen = None,
+    bootstrap: options.Bootstrap = None,
+    no_mdns: options.NoMdns = False,
+    open_swarm: options.Open = False,
+    config: options.ConfigFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Fetch a model from whoever in the swarm has it, else from its registry."""
+    from omx_cli.progress import open_view, report_line
+    from omx_cli.running import (
+        load,
+        refuse_without_effect,
+        run,
+        running_node,
+        running_or_own,
+    )
+
+    flags = node_flags(
+        data_dir=data_dir,
+        name=name,
+        models=models,
+        api=api,
+        listen=listen,
+        bootstrap=bootstrap,
+        no_mdns=no_mdns,
+        open_swarm=open_swarm,
+    )
+    settings = load(flags, config)
+
+    async def work() -> None:
+        if flags and await running_node(settings) is not None:
+            refuse_without_effect(flags, settings)
+        async with running_or_own(settings, settings) as node, open_view(as_json) as view:
+            report = await node.pull(
+                model, from_origin=from_origin, insecure=insecure, on_progress=view.show
+            )
+        if as_json:
+            say_json({"status": "success", "report": report})
+        else:
+            tell(report_line(report))
+
+    run(work, interrupted="interrupted; what was fetched is kept, the same command resumes")
+
+
+def import_file(
+    path: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
+    model: options.ModelArgument,
+    data_dir: options.DataDir = None,
+    config: options.ConfigFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Make a GGUF or safetensors file a model. The file stays as and where it is."""
+    from omx_cli.running import with_any_node
+
+    async def ask(node: "LocalClient | Node") -> None:
+        _say_made(await node.import_model(path.absolute(), model), as_json)
+
+    with_any_node(node_flags(data_dir=data_dir), config, ask)
+
+
+def create(
+    model: options.ModelArgument,
+    file: Annotated[
+        str, typer.Option("--file", "-f", metavar="FILE", help="The Modelfile; - is stdin.")
+    ] = "Modelfile",
+    data_dir: options.DataDir = None,
+    config: options.ConfigFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Make a model from a Modelfile."""
+    from omx_cli.running import with_any_node
+
+    text = _read_modelfile(file)
+    base_dir = Path.cwd() if file == "-" else Path(file).absolute().parent
+
+    async def ask(node: "LocalClient | Node") -> None:
+        _say_made(await node.create_model(model, text, base_dir), as_json)
+
+    with_any_node(node_flags(data_dir=data_dir), config, ask)
+
+
+def list_models(
+    prefix: Annotated[
+        str, typer.Argument(metavar="[PREFIX]", help="Only names that begin so.")
+    ] = "",
+    data_dir: options.DataDir = None,
+    config: options.ConfigFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """List the models of this machine."""
+    from omx_cli.running import with_any_node
+
+    async def ask(node: "LocalClient | Node") -> None:
+        found = [
+            each for each in await node.models() if each.name.lower().startswith(prefix.lower())
+        ]
+        if as_json:
+            say_json({"models": found})
+        else:
+            say(table(["NAME", "ID", "SIZE", "MODIFIED"], [_model_row(each) for each in found]))
+
+    with_any_node(node_flags(data_dir=data_dir), config, ask)
+
+
+def show(
+    model: options.ModelArgument,
+    license: Annotated[bool, typer.Option("--license", help="Only its license.")] = False,
+    modelfile: Annotated[bool, typer.Option("--modelfile", help="Only its Modelfile.")] = False,
+    parameters: Annotated[bool, typer.Option("--parameters", help="Only its parameters.")] = False,
+    template: Annotated[bool, typer.Option("--template", help="Only its template.")] = False,
+    system: Annotated[bool, typer.Option("--system", help="Only its system message.")] = False,
+    data_dir: options.DataDir = None,
+    config: options.ConfigFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show what a model is."""
+    from omx_cli.running import with_any_node
+
+    wanted = {
+        "license": license,
+        "modelfile": modelfile,
+        "parameters": parameters,
+        "template": template,
+        "system": system,
+    }
+    parts = [part for part, is_wanted in wanted.items() if is_wanted]
+    if len(parts) > 1:
+        flags = ", ".join(f"--{part}" for part in wanted)
+        raise typer.BadParameter(f"only one of {flags} can be given")
+
+    async def ask(node: "LocalClient | Node") -> None:
+        details = await node.show(model)
+        if as_json:
+            say_json(details)
+        else:
+            say(getattr(details, parts[0]) if parts else _details_text(details))
+
+    with_any_node(node_flags(data_dir=data_dir), config, ask)
+
+
+def cp(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", show_default=False)],
+    destination: Annotated[str, typer.Argument(metavar="DESTINATION", show_default=False)],
+    data_dir: options.DataDir = None,
+    config: options.ConfigFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Give a model a second name."""
+    from omx_cli.running import with_any_node
+
+    async def ask(node: "LocalClient | Node") -> None:
+        await node.copy(source, destination)
+        if as_json:
+            say_json({"copied": source, "to": destination})
+        else:
+            say(f"copied '{source}' to '{destination}'")
+
+    with_any_node(node_flags(data_dir=data_dir), config, ask)
+
+
+def rm(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", show_default=False)],
+    data_dir: options.DataDir = None,
+    config: options.ConfigFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Remove models, and the blobs that no other model needs."""
+    from omx_cli.running import with_any_node
+
+    async def ask(node: "LocalClient | Node") -> None:
+        for model in models:
+            await node.remove(model)
+            if as_json:
+                say_json({"deleted": model})
+            else:
+                say(f"deleted '{model}'")
+
+    with_any_node(node_flags(data_dir=data_dir), config, ask)
+
+
+def _model_row(model: "ModelInfo") -> list[str]:
+    from datetime import UTC, datetime
+
+    age = human_age(model.modified_at, datetime.now(UTC))
+    return [model.name, short_digest(model.digest), human_bytes(model.size), age]
+
+
+def _say_made(model: "ModelInfo", as_json: bool) -> None:
+    if as_json:
+        say_json(model)
+    else:
+        say(f"{model.name}: {human_bytes(model.size)}, id {short_digest(model.digest)}")
+
+
+def _details_text(details: "ModelDetails") -> str:
+    """Sections without borders, as Ollama's: a heading by two spaces, its lines by four."""
+    model = [
+        ("architecture", details.architecture),
+        ("parameters", details.parameter_size),
+        ("context length", str(details.context_length or "")),
+        ("embedding length", str(details.embedding_length or "")),
+        ("quantization", details.quantization),
+        ("format", details.format),
+        ("size", human_bytes(details.size)),
+    ]
+    sections = [
+        ("Model", fields([pair for pair in model if pair[1]], "    ")),
+        ("Capabilities", _indented("\n".join(details.capabilities))),
+        ("Parameters", _indented(details.parameters)),
+        ("System", _indented(details.system)),
+        ("License", _indented("\n".join(details.license.strip().splitlines()[:2]))),
+    ]
+    return "\n".join(f"  {title}\n{text}\n" for title, text in sections if text)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}".rstrip() for line in text.strip().splitlines())
+
+
+def _read_modelfile(file: str) -> str:
+    """Raises BadModelFile, AccessRefused."""
+    from ollamamax_p2p.errors import AccessRefused, BadModelFile
+
+    try:
+        if file == "-":
+            return sys.stdin.read(MODELFILE_BYTES_MAX)
+        with Path(file).open("rb") as opened:
+            data = opened.read(MODELFILE_BYTES_MAX + 1)
+    except PermissionError:
+        raise AccessRefused(file, "read") from None
+    except OSError as error:
+        raise BadModelFile(file, f"{error.strerror}; name it with -f") from None
+    if len(data) > MODELFILE_BYTES_MAX:
+        raise BadModelFile(file, f"larger than {MODELFILE_BYTES_MAX:,} bytes; not a Modelfile?")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise BadModelFile(file, f"not UTF-8 at byte {error.start}; not a Modelfile?") from None

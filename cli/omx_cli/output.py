@@ -1,0 +1,103 @@
+"""Tables and texts for people, JSON for programs."""
+
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+COLUMN_GAP = 4
+"""Ollama's, so that scripts made for its lists work on ours."""
+
+
+def say(text: str = "") -> None:
+    """One line on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def say_json(value: Any) -> None:
+    """A value as one line of JSON on stdout, at once: the reader may be waiting for it."""
+    import msgspec
+
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    sys.stdout.flush()
+
+
+def tell(text: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, four spaces between, no borders."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    gap = " " * COLUMN_GAP
+    return "\n".join(
+        gap.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def fields(pairs: Sequence[tuple[str, str]], indent: str = "  ") -> str:
+    """Names and values below each other."""
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(f"{indent}{name.ljust(width)}    {value}" for name, value in pairs)
+
+
+def human_bytes(count: int) -> str:
+    """As Ollama shows sizes: powers of 1000, one decimal below ten: `4.7 GB`, `98 MB`."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    if value >= 10 or value == int(value):
+        return f"{int(value)} {unit}"
+    return f"{int(value * 10) / 10:.1f} {unit}"
+
+
+def human_age(then: datetime, now: datetime) -> str:
+    """As Ollama shows ages: `3 days ago`."""
+    seconds = int((now - then).total_seconds())
+    return f"{_span(seconds)} ago" if seconds >= 0 else f"{_span(-seconds)} from now"
+
+
+def _span(seconds: int) -> str:
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86_400
+    if seconds < 1:
+        return "Less than a second"
+    if seconds < 60:
+        return _count(seconds, "second")
+    if minutes < 60:
+        return "About a minute" if minutes == 1 else _count(minutes, "minute")
+    if hours < 48:
+        return "About an hour" if hours == 1 else _count(hours, "hour")
+    if days < 14:
+        return _count(days, "day")
+    if days < 60:
+        return _count(days // 7, "week")
+    if days < 730:
+        return _count(days // 30, "month")
+    return _count(days // 365, "year")
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
+
+
+def duration(seconds: float) -> str:
+    """`9s`, `1m3s`, `2h5m`: as Go writes it, without the smallest part when it is long."""
+    whole = int(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60}m"
+    return f"{whole // 60}m{whole % 60}s" if whole >= 60 else f"{whole}s"
+
+
+def short_peer(peer: str) -> str:
+    """A peer id as people can tell it from others: all begin alike, so the end is what differs."""
+    return f"{peer[:8]}…{peer[-6:]}" if peer.startswith("12D3KooW") else peer
+
+
+def short_digest(digest: str) -> str:
+    """The twelve hex digits that people are shown."""
+    return digest.removeprefix("sha256:")[:12]

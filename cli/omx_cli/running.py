@@ -1,0 +1,200 @@
+"""How a command reaches a node, and how it ends on Ctrl-C."""
+
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from ollamamax_p2p import LocalClient, Node, NodeConfig
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended a command; the text says what is left and how to go on."""
+
+
+def load(flags: Mapping[str, Any], config_file: str | None) -> "NodeConfig":
+    """The config for a command. Raises BadConfig and what reading the file may raise."""
+    from ollamamax_p2p import load_config
+
+    return load_config(flags=flags, file=Path(config_file) if config_file else None)
+
+
+def with_node(
+    flags: Mapping[str, Any], config_file: str | None, ask: Callable[["LocalClient"], Awaitable[T]]
+) -> T:
+    """Ask the running node something. Raises NodeNotRunning if there is none."""
+    from ollamamax_p2p import LocalClient
+
+    client = LocalClient.find(load(flags, config_file).data_dir)
+    return run(lambda: ask(client))
+
+
+def with_any_node(
+    flags: Mapping[str, Any],
+    config_file: str | None,
+    ask: Callable[["LocalClient | Node"], Awaitable[T]],
+) -> T:
+    """As `with_node`; where no node runs, one is opened in this process that stays off the
+    network.
+    """
+    config = load(flags, config_file)
+
+    async def work() -> T:
+        async with running_or_own(config, _quiet(config)) as node:
+            return await ask(node)
+
+    return run(work)
+
+
+@asynccontextmanager
+async def running_or_own(
+    config: "NodeConfig", own: "NodeConfig"
+) -> AsyncIterator["LocalClient | Node"]:
+    """The node that runs on config's data folder, else one opened here with `own`."""
+    client = await running_node(config)
+    if client is not None:
+        yield client
+        return
+    from ollamamax_p2p import open_node
+
+    async with open_node(own) as node:
+        yield node
+
+
+async def running_node(config: "NodeConfig") -> "LocalClient | None":
+    """The node that runs on the data folder and answers, or None."""
+    from ollamamax_p2p import LocalClient
+    from ollamamax_p2p.errors import NodeNotRunning
+
+    try:
+        client = LocalClient.find(config.data_dir)
+        await client.status()
+    except NodeNotRunning:
+        return None
+    return client
+
+
+def run(work: Callable[[], Awaitable[T]], *, interrupted: str = "interrupted") -> T:
+    """Run async work. The first Ctrl-C or SIGTERM cancels it and raises Interrupted with that text;
+    a second ends the process at once.
+    """
+    import trio
+
+    result: T = trio.run(_until_signal, work, interrupted)
+    return result
+
+
+async def _until_signal(work: Callable[[], Awaitable[T]], interrupted: str) -> T:
+    import trio
+
+    result: list[T] = []
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            scope = trio.CancelScope()
+            nursery.start_soon(_cancel_on_signal, signals, scope, interrupted)
+            with scope:
+                result.append(await work())
+            nursery.cancel_scope.cancel()
+    if not result:
+        raise Interrupted(interrupted)
+    return result[0]
+
+
+async def _cancel_on_signal(signals: AsyncIterator[int], scope: Any, interrupted: str) -> None:
+    async for _ in signals:
+        if scope.cancel_called:
+            # Closing may take a moment (files, peers); whoever asks twice does not want to wait.
+            sys.stderr.write(f"\nError: {interrupted}\n")
+            sys.stderr.flush()
+            os._exit(130)
+        scope.cancel()
+
+
+class Stop:
+    """How a node that runs in the foreground is asked to stop."""
+
+    def __init__(self) -> None:
+        self.ask: Callable[[], None] | None = None
+        """The node's own way, once it is open."""
+
+
+def run_until_asked(work: Callable[[Stop], Awaitable[None]]) -> bool:
+    """Run a node: the first signal asks it to stop, a second cancels it, a third ends the process.
+
+    True if it was Ctrl-C that ended it, False for `omx stop` and SIGTERM.
+    """
+    import trio
+
+    return trio.run(_until_asked, work)
+
+
+async def _until_asked(work: Callable[[Stop], Awaitable[None]]) -> bool:
+    import trio
+
+    stop, received = Stop(), list[int]()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            scope = trio.CancelScope()
+            nursery.start_soon(_stop_on_signal, signals, scope, stop, received)
+            with scope:
+                await work(stop)
+            nursery.cancel_scope.cancel()
+    return signal.SIGINT in received
+
+
+async def _stop_on_signal(
+    signals: AsyncIterator[int], scope: Any, stop: Stop, received: list[int]
+) -> None:
+    async for number in signals:
+        received.append(number)
+        if scope.cancel_called:
+            os._exit(130)
+        if stop.ask is not None and len(received) == 1:
+            sys.stderr.write("stopping …\n")
+            stop.ask()
+        else:
+            scope.cancel()
+
+
+def refuse_without_effect(flags: Mapping[str, Any], config: "NodeConfig") -> None:
+    """Flags that set up a node are a mistake where one runs already. Raises BadConfig."""
+    from ollamamax_p2p.config import FLAGS
+    from ollamamax_p2p.errors import BadConfig
+
+    idle = [key for key in flags if key != "data_dir"]
+    if idle:
+        raise BadConfig(
+            FLAGS[idle[0]],
+            f"a node already runs on {config.data_dir} with settings of its own; "
+            "leave the flag out, or stop that node first (`omx stop`)",
+        )
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process still runs; one that has ended but that its parent has not asked about yet
+    does not.
+    """
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except (OSError, IndexError):
+        return True  # another user's, or a system without /proc
+    return state != "Z"
+
+
+def _quiet(config: "NodeConfig") -> "NodeConfig":
+    """A node for what concerns this machine's store only."""
+    return replace(
+        config,
+        host=replace(config.host, listen=("/ip4/127.0.0.1/tcp/0",), relay=False),
+        discovery=replace(config.discovery, bootstrap=(), mdns=False, dht=False),
+    )

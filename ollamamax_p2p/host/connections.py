@@ -1,0 +1,999 @@
+"""Connections: which peers are proven members, and keeping in touch with them.
+
+The host makes connections; this decides what they are worth. Whoever connects is a stranger for
+whom only the join protocol answers, and not for long. On a join stream the dialler shows its
+credential (or redeems a ticket), the answerer checks it and shows its own; then both admit each
+other and the stream goes on as the heartbeat. A peer with at least one such stream is **linked**;
+when its last one ends or it falls silent it is lost, disconnected, and dialled again if somebody
+asked to `keep` it.
+
+Two peers may dial each other at once and hold two join streams: either is as good, and one may end.
+
+docs/protocols/join.md tells the conversation, join_messages has the messages.
+"""
+
+import itertools
+import logging
+import random
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import trio
+
+from ollamamax_p2p.errors import (
+    BadAddress,
+    BadPeerId,
+    BadTicket,
+    LocalTrouble,
+    MalformedMessage,
+    NetworkTrouble,
+    NotAdmitted,
+    PeerGone,
+    PeerMisbehaved,
+    PeerNotFound,
+    PeerUnreachable,
+    TicketUnknown,
+    code,
+)
+from ollamamax_p2p.host.join_messages import (
+    BUSY,
+    FULL,
+    NOT_A_MEMBER,
+    OTHER_SWARM,
+    OWN_ADDRESSES_MAX,
+    TOLD_ADDRESSES_MAX,
+    TROUBLE,
+    FromAnswerer,
+    FromDialler,
+    Goodbye,
+    Granted,
+    Hello,
+    Ping,
+    Pong,
+    Redeem,
+    Refused,
+    Welcome,
+    answerer_codec,
+    dialler_codec,
+    error_of,
+    refusal_of,
+)
+from ollamamax_p2p.host.message_stream import MessageStream
+from ollamamax_p2p.host.peer_host import ByteStream, Connection, PeerHost
+from ollamamax_p2p.host.settings import HostSettings
+from ollamamax_p2p.identity import (
+    Address,
+    Grant,
+    Membership,
+    PeerId,
+    Ticket,
+    iso_time,
+    parse_address,
+)
+from ollamamax_p2p.observability import Event, EventFeed
+from ollamamax_p2p.wire import protocol_ids
+
+PROOF_DEADLINE_S = 10.0
+"""How long a stranger may stay, and how long a join conversation may take before the heartbeats."""
+
+STRANGERS_MAX = 128
+"""Connected and not proven; one more costs the oldest. A hundred nodes may join at once."""
+
+REFUSED_TICKETS_PER_PEER = 5
+REFUSED_TICKETS_MAX = 60
+REFUSED_TICKETS_WINDOW_S = 60.0
+"""Within this time one peer, or all together, may show so many bad tickets before we look at none.
+Nobody guesses 128 bits; this is so that trying costs us nothing.
+"""
+
+STREAMS_PER_PEER = 4
+"""Join streams of one peer: two after a simultaneous dial, two more while old ones die."""
+
+KEPT_PEERS_MAX = 256
+BOOK_PEERS_MAX = 1_024
+"""Peers whose addresses are remembered, the least recently told forgotten first: about 1 MB."""
+
+_LAST_WORDS_S = 1.0
+# For a Refused or Goodbye to be sent and read before the connection is ended.
+
+_DISCONNECT_S = 10.0
+# py-libp2p closes streams one by one, and a write to a frozen peer takes 5 s to fail.
+
+_PINGS_REMEMBERED = 8
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerStatus:
+    """A linked peer."""
+
+    peer: PeerId
+    address: str
+    """As the host sees it; "" if unknown."""
+    inbound: bool
+    rtt_s: float | None
+    """Of the last heartbeat; None before the first came back."""
+    connected_since: float
+    """On trio's clock."""
+    agent: str
+    """What it says it runs, made printable; nothing may depend on it."""
+    addresses: tuple[Address, ...]
+    """Where it says it can be dialled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Redeemed:
+    """What a ticket gave."""
+
+    grant: Grant
+    issuer: PeerId
+    peers: tuple[Address, ...]
+    """Members to reach once the grant is saved, the issuer first."""
+
+
+@asynccontextmanager
+async def open_connections(
+    host: PeerHost,
+    membership: Membership | None,
+    settings: HostSettings,
+    *,
+    rng: random.Random,
+    feed: EventFeed | None,
+    agent: str,
+    wall_clock: Callable[[], float],
+    on_addresses: Callable[[Sequence[Address]], None] | None = None,
+) -> AsyncIterator["Connections"]:
+    """Answer the join protocol and watch over links for as long as the block is open.
+
+    membership: None while this node is in no swarm yet; `redeem` or `enter`, then `adopt`.
+    agent: what we tell peers that we run, at most 128 characters.
+    wall_clock: Unix seconds, for tickets and events.
+    on_addresses: called with members' addresses that a member told; may repeat itself.
+
+    The end of the block says goodbye and leaves the connections to the host.
+    """
+    async with trio.open_nursery() as nursery:
+        connections = Connections(
+            host,
+            membership,
+            settings,
+            nursery=nursery,
+            rng=rng,
+            feed=feed,
+            agent=agent,
+            wall_clock=wall_clock,
+            on_addresses=on_addresses,
+        )
+        host.set_handler(protocol_ids.JOIN, connections._answer, for_strangers=True)
+        watching = trio.Event()
+        nursery.start_soon(connections._follow_host, watching)
+        await watching.wait()
+        try:
+            yield connections
+        finally:
+            connections._closed = True
+            await connections._say_goodbye(leaving=False)
+            nursery.cancel_scope.cancel()
+
+
+Answer = TypeVar("Answer", Welcome, Granted)
+AnyTalk = MessageStream[FromDialler, FromAnswerer] | MessageStream[FromAnswerer, FromDialler]
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    """A proven peer: its join streams and its pulse."""
+
+    peer: PeerId
+    agent: str
+    address: str
+    inbound: bool
+    since: float
+    heard_at: float
+    rtt_s: float | None = None
+    talks: dict[AnyTalk, trio.CancelScope] = field(default_factory=dict)
+    """In order; the first carries our heartbeats."""
+    asked: dict[int, float] = field(default_factory=dict)
+    """When each Ping that is not answered was sent."""
+    over: trio.Event = field(default_factory=trio.Event)
+
+
+@dataclass(slots=True, eq=False)
+class _Stranger:
+    """A connected peer that has proved nothing yet."""
+
+    deadline: float
+    waiting: trio.CancelScope = field(default_factory=trio.CancelScope)
+    talks: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """A peer that is dialled again whenever it is lost."""
+
+    peer: PeerId
+    addresses: tuple[Address, ...]
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+class Connections:
+    """The links of this node. Made by `open_connections`."""
+
+    def __init__(
+        self,
+        host: PeerHost,
+        membership: Membership | None,
+        settings: HostSettings,
+        *,
+        nursery: trio.Nursery,
+        rng: random.Random,
+        feed: EventFeed | None,
+        agent: str,
+        wall_clock: Callable[[], float],
+        on_addresses: Callable[[Sequence[Address]], None] | None,
+    ) -> None:
+        self._host = host
+        self._membership = membership
+        self._settings = settings
+        self._nursery = nursery
+        self._rng = rng
+        self._feed = feed
+        self._agent = agent
+        self._wall_clock = wall_clock
+        self._on_addresses = on_addresses
+        self._links: dict[PeerId, _Link] = {}
+        self._strangers: OrderedDict[PeerId, _Stranger] = OrderedDict()
+        self._kept: dict[PeerId, _Kept] = {}
+        self._book = _AddressBook(host.peer_id)
+        self._refusals = _Refusals()
+        self._dialling: weakref.WeakValueDictionary[PeerId, trio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
+        self._disk = trio.CapacityLimiter(1)
+        self._nonce = 0
+        self._closed = False
+
+    # -- what others ask of it
+
+    def peers(self) -> tuple[PeerStatus, ...]:
+        """The linked peers: admitted, and heard of within the heartbeat timeout."""
+        return tuple(self._status(link) for link in self._links.values())
+
+    def known_addresses(self) -> tuple[Address, ...]:
+        """Where members said they can be dialled, the linked ones first."""
+        linked = [address for peer in self._links for address in self._book.of(peer)]
+        return tuple(dict.fromkeys([*linked, *self._book.all()]))
+
+    async def reach(self, addresses: Sequence[Address]) -> PeerId:
+        """Be linked with the one peer that these addresses name; at once if we are already.
+
+        Raises PeerUnreachable, PeerGone, NotAdmitted, or PeerMisbehaved; ValueError for addresses
+        of no peer or of several.
+        """
+        peer = _one_peer(addresses)
+        async with self._alone_with(peer):
+            if peer not in self._links:
+                await self._connect(addresses)
+                await self._prove(peer)
+        return peer
+
+    async def reach_peer(self, peer: PeerId) -> None:
+        """Be linked with a peer whose addresses are known. Raises PeerNotFound, else as `reach`."""
+        if peer in self._links:
+            return
+        addresses = self._addresses_of(peer)
+        if not addresses:
+            raise PeerNotFound(peer)
+        await self.reach(addresses)
+
+    def keep(self, addresses: Iterable[Address]) -> None:
+        """Link with the peers of these addresses, and again whenever they are lost, until
+        `forget`.
+
+        Returns at once. Beyond 256 peers further ones are not kept, which is logged.
+        """
+        for peer, theirs in _by_peer(addresses).items():
+            kept = self._kept.get(peer)
+            if kept is not None:
+                kept.addresses = _merged(theirs, kept.addresses)
+            elif len(self._kept) >= KEPT_PEERS_MAX:
+                _log.warning("not keeping peer %s: %d are kept already", peer, KEPT_PEERS_MAX)
+            elif peer != self._host.peer_id:
+                self._kept[peer] = kept = _Kept(peer, _merged(theirs))
+                self._nursery.start_soon(self._keep_linked, kept)
+
+    def forget(self, peer: PeerId) -> None:
+        """Dial the peer no more when it is lost, and forget its addresses. A link stays."""
+        kept = self._kept.pop(peer, None)
+        if kept is not None:
+            kept.scope.cancel()
+        self._book.forget(peer)
+
+    async def redeem(self, ticket: Ticket) -> Redeemed:
+        """Become a member by a ticket. Save the grant (`Membership.join`), then `adopt` it and
+        `reach` the peers; the same ticket works again for this node if that fails.
+
+        Raises TicketExpired, TicketUsedUp, TicketUnknown, or a NetworkTrouble when no issuer can be
+        asked.
+        """
+        trouble: NetworkTrouble = PeerUnreachable("the issuer", "the ticket has no address")
+        for peer, addresses in _by_peer(ticket.addresses).items():
+            try:
+                return await self._redeem_with(peer, addresses, ticket)
+            except NetworkTrouble as error:
+                trouble = error
+        raise trouble
+
+    async def enter(self, addresses: Sequence[Address]) -> bytes:
+        """The id of the open swarm that the peer at these addresses is in; then
+        `Membership.join_open`, `adopt` and `reach`. Raises as `reach`: NotAdmitted if it is
+        private.
+        """
+        peer = _one_peer(addresses)
+        async with self._alone_with(peer):
+            await self._connect(addresses)
+            async with self._dialled_talk(peer) as talk:
+                hello = Hello(swarm_id=b"", credential=b"", agent=self._agent, addresses=[])
+                welcome = await self._ask(talk, hello, Welcome)
+                self._learn(peer, welcome.addresses, welcome.peers)
+                return welcome.swarm_id
+
+    def adopt(self, membership: Membership) -> None:
+        """Be a member from now on; links made before stay."""
+        self._membership = membership
+        for connection in self._host.connections():
+            self._came(connection.peer)
+
+    async def leave(self) -> None:
+        """Tell every linked peer to forget us, and end the links; for `Membership.leave`."""
+        for kept in list(self._kept):
+            self.forget(kept)
+        await self._say_goodbye(leaving=True)
+        for link in list(self._links.values()):
+            self._end(link, "this node leaves the swarm")
+        self._membership = None
+
+    # -- strangers
+
+    async def _follow_host(self, watching: trio.Event) -> None:
+        """Know of every connection, whoever made it."""
+        while True:
+            async with self._host.watch() as events:
+                watching.set()
+                self._compare_with_host()
+                try:
+                    async for event in events:
+                        if event.change == "connected":
+                            self._came(event.peer)
+                        else:
+                            self._went(event.peer)
+                    return
+                except PeerGone:  # we fell behind: look at what is true now, and go on
+                    continue
+
+    def _compare_with_host(self) -> None:
+        connected = {connection.peer for connection in self._host.connections()}
+        for peer in connected:
+            self._came(peer)
+        for peer in {*self._links, *self._strangers} - connected:
+            self._went(peer)
+
+    def _came(self, peer: PeerId) -> None:
+        """A peer is connected. Its dialler must prove itself, whoever asked for the dial."""
+        connection = self._connection(peer)
+        if connection is None or peer in self._links:
+            return
+        if self._membership is not None and self._membership.is_open:
+            # Others than our nodes may speak to an open swarm (identify, ping, Kademlia), and they
+            # know nothing of the join protocol.
+            self._host.admit(peer)
+        elif peer not in self._strangers:
+            self._suspect(peer)
+        if not connection.inbound and self._membership is not None:
+            self._nursery.start_soon(self._prove_in_background, peer)
+
+    def _suspect(self, peer: PeerId) -> None:
+        if len(self._strangers) >= STRANGERS_MAX:
+            oldest, stranger = self._strangers.popitem(last=False)
+            stranger.waiting.cancel()
+            self._nursery.start_soon(self._disconnect, oldest)
+        stranger = _Stranger(trio.current_time() + PROOF_DEADLINE_S)
+        self._strangers[peer] = stranger
+        self._nursery.start_soon(self._await_proof, peer, stranger)
+
+    async def _await_proof(self, peer: PeerId, stranger: _Stranger) -> None:
+        """Drop a stranger whose time is over."""
+        with stranger.waiting:
+            while trio.current_time() < stranger.deadline:  # noqa: ASYNC110 - it may be moved
+                await trio.sleep_until(stranger.deadline)
+            _log.info("dropping %s: it did not prove that it is a member", peer)
+            self._strangers.pop(peer, None)
+            await self._disconnect(peer)
+
+    def _went(self, peer: PeerId) -> None:
+        """A peer was disconnected; perhaps it is back already."""
+        if self._connection(peer) is not None:
+            return
+        self._no_stranger(peer)
+        link = self._links.get(peer)
+        if link is not None:
+            self._end(link, "the connection ended")
+
+    def _no_stranger(self, peer: PeerId) -> None:
+        stranger = self._strangers.pop(peer, None)
+        if stranger is not None:
+            stranger.waiting.cancel()
+
+    # -- dialling
+
+    @asynccontextmanager
+    async def _alone_with(self, peer: PeerId) -> AsyncIterator[None]:
+        """One dial to a peer at a time; the next finds it done."""
+        lock = self._dialling.get(peer)
+        if lock is None:
+            lock = self._dialling[peer] = trio.Lock()
+        async with lock:
+            yield
+
+    async def _connect(self, addresses: Sequence[Address]) -> None:
+        with trio.move_on_after(self._settings.dial_timeout_s):
+            await self._host.connect(addresses)
+            return
+        raise PeerUnreachable(
+            str(addresses[0]), f"no answer within {self._settings.dial_timeout_s:g} s"
+        )
+
+    async def _prove_in_background(self, peer: PeerId) -> None:
+        """For a connection that something else made, such as Kademlia."""
+        try:
+            async with self._alone_with(peer):
+                if peer not in self._links and self._connection(peer) is not None:
+                    await self._prove(peer)
+        except (NetworkTrouble, PeerMisbehaved) as error:
+            _log.info("%s", error)
+
+    async def _prove(self, peer: PeerId) -> None:
+        """Show the peer that we are a member, have it show the same, and be linked with it."""
+        membership = self._membership
+        if membership is None:
+            raise NotAdmitted(peer, "this node is in no swarm")
+        linked = False
+        talk = await self._open_talk(peer)
+        try:
+            welcome = await self._ask(talk, self._hello(membership), Welcome)
+            if not _is_member(membership, peer, welcome.swarm_id, welcome.credential):
+                await talk.send(Refused(reason=NOT_A_MEMBER))
+                raise PeerUnreachable(peer, "who answers there is no member of this swarm")
+            self._host.admit(peer)
+            link = self._linked(peer, welcome.agent)
+            scope = link.talks[talk] = trio.CancelScope()
+            self._nursery.start_soon(self._hold, link, talk, scope)
+            linked = True
+            # Only now may the answerer open streams: it waits for this Ping before it counts us in.
+            await self._ping(link, talk)
+            self._learn(peer, welcome.addresses, welcome.peers)
+        finally:
+            if not linked:
+                self._give_up(talk)
+
+    async def _redeem_with(
+        self, peer: PeerId, addresses: Sequence[Address], ticket: Ticket
+    ) -> Redeemed:
+        async with self._alone_with(peer):
+            await self._connect(addresses)
+            async with self._dialled_talk(peer) as talk:
+                request = Redeem(swarm_id=ticket.swarm_id, secret=ticket.secret)
+                granted = await self._ask(talk, request, Granted)
+                told = _parsed(granted.peers, besides=self._host.peer_id)
+                return Redeemed(
+                    Grant(granted.swarm_id, granted.member_key),
+                    peer,
+                    tuple(dict.fromkeys([*addresses, *told])),
+                )
+
+    @asynccontextmanager
+    async def _dialled_talk(
+        self, peer: PeerId
+    ) -> AsyncIterator[MessageStream[FromDialler, FromAnswerer]]:
+        """A conversation that makes no link; if it fails the connection is ended."""
+        talk = await self._open_talk(peer)
+        try:
+            yield talk
+        except BaseException:
+            self._give_up(talk)
+            raise
+        await talk.aclose()
+
+    async def _open_talk(self, peer: PeerId) -> MessageStream[FromDialler, FromAnswerer]:
+        with trio.move_on_after(PROOF_DEADLINE_S):
+            stream = await self._host.open_stream(peer, protocol_ids.JOIN)
+            return MessageStream(stream, sends=dialler_codec, receives=answerer_codec)
+        raise PeerUnreachable(peer, f"no answer within {PROOF_DEADLINE_S:g} s")
+
+    async def _ask(
+        self,
+        talk: MessageStream[FromDialler, FromAnswerer],
+        question: Hello | Redeem,
+        wanted: type[Answer],
+    ) -> Answer:
+        """The first exchange. Raises what the peer's refusal means, PeerUnreachable or PeerGone."""
+        with trio.move_on_after(PROOF_DEADLINE_S):
+            await talk.send(question)
+            answer = await talk.receive()
+            if isinstance(answer, wanted):
+                return answer
+            if isinstance(answer, Refused):
+                raise error_of(answer, talk.peer)
+            if answer is None:
+                raise PeerGone(talk.peer, "it ended the join conversation")
+            raise MalformedMessage(talk.peer, f"it answered with {type(answer).__name__}")
+        raise PeerUnreachable(talk.peer, f"no answer within {PROOF_DEADLINE_S:g} s")
+
+    def _hello(self, membership: Membership) -> Hello:
+        return Hello(
+            swarm_id=membership.swarm_id,
+            credential=membership.credential(self._host.peer_id),
+            agent=self._agent,
+            addresses=self._own_addresses(),
+        )
+
+    def _give_up(self, talk: AnyTalk) -> None:
+        """End a conversation that led to nothing, and the connection unless another one holds."""
+        if not self._closed:
+            self._nursery.start_soon(talk.aclose)
+            self._nursery.start_soon(self._disconnect, talk.peer)
+
+    # -- answering
+
+    async def _answer(self, stream: ByteStream) -> None:
+        """The handler: the conversation runs in our nursery, its task here only waits."""
+        if self._closed:
+            return
+        over = trio.Event()
+        self._nursery.start_soon(self._answer_and_tell, stream, over)
+        await over.wait()
+
+    async def _answer_and_tell(self, stream: ByteStream, over: trio.Event) -> None:
+        talk = MessageStream(stream, sends=answerer_codec, receives=dialler_codec)
+        self._came(talk.peer)
+        stranger = self._strangers.get(talk.peer)
+        if stranger is not None:
+            stranger.talks += 1
+        try:
+            if self._may_talk(talk.peer, stranger):
+                await self._answer_talk(talk)
+        except PeerGone as error:
+            _log.debug("%s", error)
+        except PeerMisbehaved as error:
+            _log.warning("%s", error)
+            self._give_up(talk)
+        finally:
+            if stranger is not None:
+                stranger.talks -= 1
+            over.set()
+
+    def _may_talk(self, peer: PeerId, stranger: _Stranger | None) -> bool:
+        link = self._links.get(peer)
+        if link is not None:
+            return len(link.talks) < STREAMS_PER_PEER
+        return stranger is None or stranger.talks <= STREAMS_PER_PEER
+
+    async def _answer_talk(self, talk: MessageStream[FromAnswerer, FromDialler]) -> None:
+        with trio.move_on_after(PROOF_DEADLINE_S) as patience:
+            first = await talk.receive()
+        if patience.cancelled_caught or first is None:
+            return
+        match first:
+            case Hello():
+                await self._answer_hello(talk, first)
+            case Redeem():
+                await self._answer_redeem(talk, first)
+            case _:
+                raise MalformedMessage(talk.peer, f"it began with {type(first).__name__}")
+
+    async def _answer_hello(
+        self, talk: MessageStream[FromAnswerer, FromDialler], hello: Hello
+    ) -> None:
+        peer, membership = talk.peer, self._membership
+        reason = self._reason_to_refuse(peer, hello)
+        if reason or membership is None:
+            await self._refuse(talk, Refused(reason=reason or NOT_A_MEMBER))
+            return
+        # Before the Welcome, because the peer may open streams as soon as it has that.
+        self._host.admit(peer)
+        await talk.send(
+            Welcome(
+                swarm_id=membership.swarm_id,
+                credential=membership.credential(self._host.peer_id),
+                agent=self._agent,
+                addresses=self._own_addresses(),
+                peers=self._addresses_to_tell(peer),
+            )
+        )
+        with trio.move_on_after(PROOF_DEADLINE_S) as patience:
+            ready = await talk.receive()
+        if patience.cancelled_caught or ready is None:
+            return
+        if not isinstance(ready, Ping):
+            _log.warning("peer %s does not take us for a member", peer)
+            self._give_up(talk)
+            return
+        await talk.send(Pong(nonce=ready.nonce))
+        self._learn(peer, hello.addresses, [])
+        link = self._linked(peer, hello.agent)
+        scope = link.talks[talk] = trio.CancelScope()
+        await self._hold(link, talk, scope)
+
+    def _reason_to_refuse(self, peer: PeerId, hello: Hello) -> str:
+        """Empty if the peer is welcome."""
+        membership = self._membership
+        if membership is None:
+            return NOT_A_MEMBER
+        if hello.swarm_id and hello.swarm_id != membership.swarm_id:
+            return OTHER_SWARM
+        if not membership.is_open and not membership.is_credential(peer, hello.credential):
+            return NOT_A_MEMBER
+        if peer not in self._links and len(self._links) >= self._settings.connections_max:
+            return FULL
+        return ""
+
+    async def _answer_redeem(
+        self, talk: MessageStream[FromAnswerer, FromDialler], request: Redeem
+    ) -> None:
+        answer = await self._redemption(talk.peer, request)
+        if isinstance(answer, Refused):
+            await self._refuse(talk, answer)
+            return
+        stranger = self._strangers.get(talk.peer)
+        if stranger is not None:
+            # It saves what it got before it comes back with Hello.
+            stranger.deadline = trio.current_time() + PROOF_DEADLINE_S
+        await talk.send(answer)
+        await self._let_it_read(talk)
+
+    async def _redemption(self, peer: PeerId, request: Redeem) -> Granted | Refused:
+        now = trio.current_time()
+        membership = self._membership
+        if not self._refusals.room_for(peer, now=now):
+            return Refused(reason=BUSY)
+        try:
+            if membership is None or request.swarm_id != membership.swarm_id:
+                raise TicketUnknown
+            grant = await self._redeem_on_disk(membership, request.secret, peer)
+        except BadTicket as error:
+            self._refusals.add(peer, now=now)
+            _log.warning("refused a ticket of peer %s: %s", peer, error)
+            self._report("peer.refused", peer, reason=code(error))
+            return refusal_of(error)
+        except LocalTrouble as error:
+            _log.error("cannot admit peer %s: %s", peer, error)
+            return Refused(reason=TROUBLE)
+        return Granted(
+            swarm_id=grant.swarm_id,
+            member_key=grant.member_key,
+            peers=self._addresses_to_tell(peer),
+        )
+
+    async def _redeem_on_disk(self, membership: Membership, secret: bytes, peer: PeerId) -> Grant:
+        redeem = partial(membership.redeem, secret, peer, now=self._wall_clock())
+        if membership.in_memory:
+            # A virtual clock would run on while a thread works.
+            return redeem()
+        return await trio.to_thread.run_sync(redeem, limiter=self._disk)
+
+    async def _refuse(
+        self, talk: MessageStream[FromAnswerer, FromDialler], refused: Refused
+    ) -> None:
+        """Say no, and end the connection once that has been read."""
+        if refused.reason in (NOT_A_MEMBER, OTHER_SWARM):
+            _log.warning("refused peer %s: %s", talk.peer, refused.reason)
+            self._report("peer.refused", talk.peer, reason=refused.reason)
+        with trio.move_on_after(_LAST_WORDS_S):
+            await talk.send(refused)
+        await self._let_it_read(talk)
+        self._give_up(talk)
+
+    async def _let_it_read(self, talk: MessageStream[FromAnswerer, FromDialler]) -> None:
+        """Wait until the peer has ended the conversation; whatever it still says is ignored."""
+        with trio.move_on_after(_LAST_WORDS_S):
+            await talk.receive()
+
+    # -- linked
+
+    def _linked(self, peer: PeerId, agent: str) -> _Link:
+        """The peer's link; made now if this is its first stream."""
+        link = self._links.get(peer)
+        if link is not None:
+            return link
+        connection = self._connection(peer)
+        now = trio.current_time()
+        link = self._links[peer] = _Link(
+            peer,
+            _printable(agent),
+            connection.address if connection else "",
+            connection.inbound if connection else False,
+            now,
+            now,
+        )
+        self._no_stranger(peer)
+        self._nursery.start_soon(self._tend, link)
+        _log.info("linked with peer %s at %s", peer, link.address)
+        self._report("peer.connected", peer, address=link.address, inbound=link.inbound)
+        return link
+
+    async def _hold(self, link: _Link, talk: AnyTalk, scope: trio.CancelScope) -> None:
+        """Read one join stream until it ends."""
+        problem = "the connection ended"
+        try:
+            with scope:
+                problem = await self._listen(link, talk)
+        except PeerGone as error:
+            problem = str(error)
+        except PeerMisbehaved as error:
+            _log.warning("%s", error)
+            self._end(link, str(error))
+        finally:
+            del link.talks[talk]
+            if not link.talks:
+                self._end(link, problem)
+            with _shielded(_LAST_WORDS_S):
+                await talk.aclose()
+
+    async def _listen(self, link: _Link, talk: AnyTalk) -> str:
+        """Heartbeats until the peer ends the stream in good order; says why it did."""
+        while (message := await talk.receive()) is not None:
+            link.heard_at = trio.current_time()
+            match message:
+                case Ping():
+                    await talk.send(Pong(nonce=message.nonce))
+                case Pong():
+                    sent_at = link.asked.pop(message.nonce, None)
+                    if sent_at is not None:
+                        link.rtt_s = link.heard_at - sent_at
+                case Goodbye():
+                    if message.leaving:
+                        self.forget(link.peer)
+                    # What other streams it has will say the same or be reset.
+                    self._end(link, "it left the swarm" if message.leaving else "it stopped")
+                    return "it stopped"
+                case _:
+                    raise MalformedMessage(talk.peer, f"{type(message).__name__} after its proof")
+        return "it ended the stream"
+
+    async def _tend(self, link: _Link) -> None:
+        """Heartbeats, for as long as the link lasts."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._beat, link)
+            nursery.start_soon(self._notice_silence, link)
+            await link.over.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _beat(self, link: _Link) -> None:
+        while True:
+            await trio.sleep(self._settings.heartbeat_interval_s)
+            talk = next(iter(link.talks), None)
+            if talk is not None:
+                with suppress(PeerGone):  # whoever reads the stream notices too, and acts
+                    await self._ping(link, talk)
+
+    async def _notice_silence(self, link: _Link) -> None:
+        timeout_s = self._settings.heartbeat_timeout_s
+        while trio.current_time() < link.heard_at + timeout_s:  # noqa: ASYNC110 - it is moved
+            await trio.sleep_until(link.heard_at + timeout_s)
+        self._end(link, f"silent for {timeout_s:g} s")
+
+    async def _ping(self, link: _Link, talk: AnyTalk) -> None:
+        self._nonce += 1
+        # Unanswered ones pile up only while the peer is silent, which ends the link; but a peer
+        # may answer none of them and go on talking.
+        if len(link.asked) >= _PINGS_REMEMBERED:
+            del link.asked[next(iter(link.asked))]
+        link.asked[self._nonce] = trio.current_time()
+        await talk.send(Ping(nonce=self._nonce))
+
+    def _end(self, link: _Link, problem: str) -> None:
+        """The link is over: report it once, end its streams and the connection."""
+        if self._links.get(link.peer) is not link:
+            return
+        del self._links[link.peer]
+        for scope in link.talks.values():
+            scope.cancel()
+        link.over.set()
+        _log.info("lost peer %s: %s", link.peer, problem)
+        self._report("peer.lost", link.peer, problem=problem)
+        self._nursery.start_soon(self._disconnect, link.peer)
+
+    async def _disconnect(self, peer: PeerId) -> None:
+        if peer not in self._links:
+            with trio.move_on_after(_DISCONNECT_S):
+                await self._host.disconnect(peer)
+
+    async def _say_goodbye(self, *, leaving: bool) -> None:
+        """Also waits until it was heard, which a connection that is ended at once would prevent."""
+        with _shielded(_LAST_WORDS_S):
+            async with trio.open_nursery() as nursery:
+                for link in list(self._links.values()):
+                    nursery.start_soon(_dismiss, link, Goodbye(leaving=leaving))
+
+    # -- again
+
+    async def _keep_linked(self, kept: _Kept) -> None:
+        failures = 0
+        with kept.scope:
+            while True:
+                link = self._links.get(kept.peer)
+                if link is None:
+                    if await self._reached(kept):
+                        continue
+                    failures += 1
+                else:
+                    await link.over.wait()
+                    lived_s = trio.current_time() - link.since
+                    # A link that breaks as soon as it is made counts as one more failure.
+                    failures = 1 if lived_s > self._settings.reconnect_delay_s_max else failures + 1
+                await trio.sleep(backoff_s(failures, self._settings, self._rng))
+
+    async def _reached(self, kept: _Kept) -> bool:
+        try:
+            await self.reach(_merged(kept.addresses, self._book.of(kept.peer)))
+        except (NetworkTrouble, PeerMisbehaved) as error:
+            _log.info("%s", error)
+            return False
+        return True
+
+    # -- addresses
+
+    def _addresses_of(self, peer: PeerId) -> tuple[Address, ...]:
+        kept = self._kept.get(peer)
+        return _merged(self._book.of(peer), kept.addresses if kept else ())
+
+    def _own_addresses(self) -> list[str]:
+        return [str(address) for address in self._host.addresses[:OWN_ADDRESSES_MAX]]
+
+    def _addresses_to_tell(self, peer: PeerId) -> list[str]:
+        """Of linked peers, because those were alive a moment ago; two of each, drawn at random."""
+        others = [other for other in self._links if other != peer]
+        chosen = self._rng.sample(others, min(len(others), TOLD_ADDRESSES_MAX // 2))
+        return [str(address) for other in chosen for address in self._book.of(other)[:2]]
+
+    def _learn(self, peer: PeerId, own: Sequence[str], others: Sequence[str]) -> None:
+        mine = self._host.peer_id
+        theirs = tuple(address for address in _parsed(own, besides=mine) if address.peer == peer)
+        told = tuple(address for address in _parsed(others, besides=mine) if address.peer != peer)
+        self._book.replace(peer, theirs)
+        self._book.add(told)
+        if self._on_addresses is not None and (theirs or told):
+            self._on_addresses((*theirs, *told))
+
+    # -- small things
+
+    def _connection(self, peer: PeerId) -> Connection | None:
+        return next((each for each in self._host.connections() if each.peer == peer), None)
+
+    def _status(self, link: _Link) -> PeerStatus:
+        return PeerStatus(
+            peer=link.peer,
+            address=link.address,
+            inbound=link.inbound,
+            rtt_s=link.rtt_s,
+            connected_since=link.since,
+            agent=link.agent,
+            addresses=self._book.of(link.peer),
+        )
+
+    def _report(self, kind: str, peer: PeerId, **facts: object) -> None:
+        if self._feed is not None:
+            at = iso_time(int(self._wall_clock()))
+            self._feed.report(Event(kind=kind, at=at, facts={"peer": peer, **facts}))
+
+
+class _AddressBook:
+    """Where members said they can be dialled; bounded, the least recently told forgotten first."""
+
+    def __init__(self, own: PeerId) -> None:
+        self._own = own
+        self._peers: OrderedDict[PeerId, tuple[Address, ...]] = OrderedDict()
+
+    def of(self, peer: PeerId) -> tuple[Address, ...]:
+        return self._peers.get(peer, ())
+
+    def all(self) -> Iterator[Address]:
+        return itertools.chain.from_iterable(reversed(self._peers.values()))
+
+    def replace(self, peer: PeerId, addresses: tuple[Address, ...]) -> None:
+        """What a peer says of itself; nothing said changes nothing."""
+        if addresses and peer != self._own:
+            self._peers[peer] = _merged(addresses)
+            self._peers.move_to_end(peer)
+            if len(self._peers) > BOOK_PEERS_MAX:
+                self._peers.popitem(last=False)
+
+    def add(self, addresses: Iterable[Address]) -> None:
+        """What others say of it comes after what it says itself."""
+        for peer, theirs in _by_peer(addresses).items():
+            self.replace(peer, _merged(self.of(peer), theirs))
+
+    def forget(self, peer: PeerId) -> None:
+        self._peers.pop(peer, None)
+
+
+class _Refusals:
+    """Bad tickets of late."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, PeerId]] = deque(maxlen=REFUSED_TICKETS_MAX)
+
+    def room_for(self, peer: PeerId, *, now: float) -> bool:
+        while self._recent and self._recent[0][0] <= now - REFUSED_TICKETS_WINDOW_S:
+            self._recent.popleft()
+        theirs = sum(other == peer for _, other in self._recent)
+        return theirs < REFUSED_TICKETS_PER_PEER and len(self._recent) < REFUSED_TICKETS_MAX
+
+    def add(self, peer: PeerId, *, now: float) -> None:
+        self._recent.append((now, peer))
+
+
+def backoff_s(failures: int, settings: HostSettings, rng: random.Random) -> float:
+    """The pause before the next dial, after this many failures in a row, from 1: doubled each time
+    up to the maximum, then between half and all of it, so that peers that lost each other together
+    don't come back together.
+    """
+    doublings = min(failures - 1, 30)
+    longest = min(settings.reconnect_delay_s_min * 2.0**doublings, settings.reconnect_delay_s_max)
+    return longest * rng.uniform(0.5, 1.0)
+
+
+def _is_member(membership: Membership, peer: PeerId, swarm_id: bytes, credential: bytes) -> bool:
+    same = swarm_id == membership.swarm_id
+    return same and (membership.is_open or membership.is_credential(peer, credential))
+
+
+async def _dismiss(link: _Link, goodbye: Goodbye) -> None:
+    for talk in list(link.talks):
+        with suppress(PeerGone):
+            await talk.send(goodbye)
+    await link.over.wait()
+
+
+def _shielded(seconds: float) -> trio.CancelScope:
+    """For what must be done although we are cancelled, but not for ever."""
+    return trio.CancelScope(deadline=trio.current_time() + seconds, shield=True)
+
+
+def _one_peer(addresses: Sequence[Address]) -> PeerId:
+    peers = {address.peer for address in addresses}
+    if len(peers) != 1:
+        raise ValueError(f"expected addresses of one peer, not of {len(peers)}")
+    return peers.pop()
+
+
+def _by_peer(addresses: Iterable[Address]) -> dict[PeerId, tuple[Address, ...]]:
+    grouped: dict[PeerId, tuple[Address, ...]] = {}
+    for address in addresses:
+        grouped[address.peer] = (*grouped.get(address.peer, ()), address)
+    return grouped
+
+
+def _merged(*several: Iterable[Address]) -> tuple[Address, ...]:
+    """In order, each once, at most 16."""
+    return tuple(dict.fromkeys(itertools.chain(*several)))[:OWN_ADDRESSES_MAX]
+
+
+def _parsed(texts: Sequence[str], *, besides: PeerId) -> tuple[Address, ...]:
+    """The addresses that we understand: a newer peer may know other transports."""
+    found: list[Address] = []
+    for text in texts:
+        with suppress(BadAddress, BadPeerId):
+            found.append(parse_address(text))
+    return tuple(address for address in found if address.peer != besides)
+
+
+def _printable(text: str) -> str:
+    """A peer's text without what could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

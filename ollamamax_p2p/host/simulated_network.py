@@ -1,0 +1,991 @@
+"""A network in one process, under trio's virtual clock: the same seed gives the same run.
+
+Every host is a `PeerHost`. What crosses the network is charged time, not copied: a send is cut into
+segments, and a segment waits its turn at the sender's upload, at the link and at the receiver's
+download (each shares its rate fairly between the streams that want it), and travels for the link's
+latency. A stream takes no more than its window until the reader has read, so back-pressure is real.
+
+What happens to a host or a link:
+
+    kill       the process is gone: its connections end on both sides, and nobody answers there
+    freeze     SIGSTOP: connections stay, nothing is read or answered until `thaw`
+    partition  nothing crosses until `heal`, and then what was under way arrives, as with TCP
+    drop       one connection is reset
+
+All of it happens in one task's order of events (`_Timeline`), so that only the order in which trio
+runs ready tasks could differ between two runs; `ollamamax_p2p.testing.determinism` settles that.
+"""
+
+import hashlib
+import heapq
+import logging
+import math
+import random
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from ollamamax_p2p.errors import NotAdmitted, OmxError, PeerGone, PeerUnreachable
+from ollamamax_p2p.host.peer_host import Connection, PeerEvent, StreamHandler
+from ollamamax_p2p.identity import Address, PeerId, parse_address, peer_id_of
+
+KiB = 1024
+MiB = 1024 * KiB
+
+SEGMENT_BYTES = 64 * KiB
+"""What is queued and charged at once: the grain of fairness, and of a simulation's cost."""
+
+WATCH_EVENTS_MAX = 1_024
+"""As `PeerHost.watch` promises."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkConditions:
+    """What the way between two hosts is like, each direction for itself."""
+
+    latency_s: float = 0.000_5
+    """One way; half a millisecond is a local network's."""
+
+    jitter_s: float = 0.000_2
+    """Up to this much is added, drawn anew each time; the order of what is sent stays."""
+
+    bandwidth_bytes_s: float = math.inf
+    """Of this link alone; a host's own upload and download come before and after it."""
+
+    window_bytes: int = 256 * KiB
+    """What a stream carries unread: yamux's window in py-libp2p 0.8.1."""
+
+    connection_life_s_mean: float = math.inf
+    """Connections are reset by themselves after a time drawn from an exponential distribution."""
+
+    dial_timeout_s: float = 10.0
+    """A dial, or the opening of a stream, that is not answered ends after this long."""
+
+
+class SimulatedStream:
+    """One side of a stream; see `ByteStream`."""
+
+    def __init__(self, end: "_End", protocol: str, outgoing: "_Pipe", incoming: "_Pipe") -> None:
+        self.peer = end.peer
+        self.protocol = protocol
+        self._end = end
+        self._outgoing = outgoing
+        self._incoming = incoming
+        self._said_eof = False
+        self._problem = ""  # why nothing works any more; empty while it does
+        self._sending = trio.Lock()
+        end.streams[self] = None
+        incoming.reader = outgoing.writer = self
+
+    async def send_all(self, data: bytes) -> None:
+        """See `ByteStream`."""
+        await self._end.host.runs()
+        self._require(not self._sending.locked(), "two tasks send at once")
+        async with self._sending:
+            rest = memoryview(bytes(data))  # a copy only of what the caller could still change
+            while rest:
+                self._check_sending()
+                taken = self._outgoing.take(rest)
+                rest = rest[taken:]
+                if rest:
+                    await self._outgoing.writers.park()
+                    await self._end.host.runs()
+            self._check_sending()
+
+    async def receive_some(self) -> bytes:
+        """See `ByteStream`."""
+        await self._end.host.runs()
+        self._require(not self._incoming.readers, "two tasks receive at once")
+        while True:
+            self._check_whole()
+            if self._incoming.arrived:
+                return self._incoming.read()
+            if self._incoming.ended:
+                return b""
+            await self._incoming.readers.park()
+            await self._end.host.runs()
+
+    async def send_eof(self) -> None:
+        """See `ByteStream`."""
+        await self._end.host.runs()
+        self._check_whole()
+        if not self._said_eof:
+            self._said_eof = True
+            self._outgoing.push_mark(self._outgoing.end)
+
+    async def aclose(self) -> None:
+        """See `ByteStream`. What was sent before still arrives."""
+        self.close_now()
+        await trio.lowlevel.checkpoint()
+
+    def close_now(self) -> None:
+        """`aclose` without the checkpoint."""
+        if not self._problem:
+            self._outgoing.push_mark(self._outgoing.end_both)
+            self._fail("the stream was closed here")
+
+    def reset(self) -> None:
+        """End it at once; what is under way is lost, and the other side gets PeerGone."""
+        if not self._problem:
+            other = self._outgoing.reader
+            if other is not None:
+                self._end.tell(partial(other.lose, "the stream was reset"))
+            self.lose("the stream was reset")
+
+    def lose(self, problem: str) -> None:
+        """Both ways are dead; whoever waits here gets PeerGone."""
+        self._outgoing.dead = True
+        self._fail(problem)
+
+    def _fail(self, problem: str) -> None:
+        if not self._problem:
+            self._problem = problem
+            self._incoming.dead = True
+            self._incoming.arrived.clear()
+            self._end.streams.pop(self, None)
+            self._incoming.readers.unpark_all()
+            self._outgoing.writers.unpark_all()
+
+    @property
+    def whole(self) -> bool:
+        """Whether this side has neither closed nor lost it."""
+        return not self._problem
+
+    def _check_whole(self) -> None:
+        if self._problem:
+            raise PeerGone(self.peer, self._problem)
+
+    def _check_sending(self) -> None:
+        self._check_whole()
+        if self._said_eof:
+            raise PeerGone(self.peer, "this side has said that it sends nothing more")
+        if self._outgoing.refused:
+            raise PeerGone(self.peer, "the other side has closed the stream")
+
+    def _require(self, condition: bool, problem: str) -> None:
+        if not condition:
+            raise trio.BusyResourceError(f"{self.protocol} with {self.peer}: {problem}")
+
+
+class SimulatedHost:
+    """One host on a simulated network; see `PeerHost`. Made by `SimulatedNetwork.add_host`."""
+
+    def __init__(
+        self,
+        network: "SimulatedNetwork",
+        name: str,
+        *,
+        peer_id: PeerId,
+        transport: str,
+        swarm_key: bytes | None,
+    ) -> None:
+        self.name = name
+        self.peer_id = peer_id
+        self.addresses: tuple[Address, ...] = (parse_address(f"{transport}/p2p/{peer_id}"),)
+        self.swarm_key = swarm_key
+        self.alive = True
+        self.frozen = False
+        self.bytes_sent = 0
+        """Of all streams, since it was added."""
+        self.bytes_received = 0
+        self.upload = _FairQueue(network.timeline, math.inf, self._depart)
+        self.download = _FairQueue(network.timeline, math.inf, self._arrive)
+        self._network = network
+        self._ends: dict[PeerId, list[_End]] = {}
+        self._admitted: set[PeerId] = set()
+        self._handlers: dict[str, tuple[StreamHandler, bool]] = {}
+        self._watchers: list[_Watcher] = []
+        self._dialling: dict[PeerId, trio.Lock] = {}
+        self._thaw = trio.lowlevel.ParkingLot()
+        self._undelivered: list[Callable[[], None]] = []
+
+    # -- what PeerHost promises
+
+    async def connect(self, addresses: Sequence[Address]) -> PeerId:
+        """See `PeerHost`."""
+        peers = {address.peer for address in addresses}
+        if len(peers) != 1:
+            raise ValueError(f"connect takes addresses of one peer, not of {len(peers)}")
+        (peer,) = peers
+        await self.runs()
+        if not self.alive:
+            raise PeerUnreachable(peer, "this host is down")
+        if peer == self.peer_id:
+            raise PeerUnreachable(peer, "that is this node itself")
+        async with self._dialling.setdefault(peer, trio.Lock()):
+            if peer not in self._ends:
+                await self._dial_each(addresses)
+        return peer
+
+    async def _dial_each(self, addresses: Sequence[Address]) -> None:
+        problem = ""
+        for address in addresses:
+            problem = await self._network.dial(self, address)
+            if not problem:
+                return
+        raise PeerUnreachable(addresses[-1].peer, problem)
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """See `PeerHost`."""
+        await self.runs()
+        for end in list(self._ends.get(peer, ())):
+            end.reset("this side ended the connection")
+
+    def connections(self) -> tuple[Connection, ...]:
+        """See `PeerHost`."""
+        return tuple(
+            Connection(peer, ends[-1].address, ends[-1].inbound, self.is_admitted(peer))
+            for peer, ends in self._ends.items()
+        )
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> SimulatedStream:
+        """See `PeerHost`."""
+        await self.runs()
+        ends = self._ends.get(peer)
+        if not ends:
+            raise PeerGone(peer, "it is not connected")
+        return await self._network.open_stream(ends[-1], protocol)
+
+    def set_handler(
+        self, protocol: str, handler: StreamHandler, *, for_strangers: bool = False
+    ) -> None:
+        """See `PeerHost`."""
+        self._handlers[protocol] = (handler, for_strangers)
+
+    def admit(self, peer: PeerId) -> None:
+        """See `PeerHost`. A peer that is not connected (any more) is not admitted."""
+        if peer in self._ends:
+            self._admitted.add(peer)
+
+    def expel(self, peer: PeerId) -> None:
+        """See `PeerHost`."""
+        self._admitted.discard(peer)
+
+    def is_admitted(self, peer: PeerId) -> bool:
+        """See `PeerHost`."""
+        return peer in self._admitted
+
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[AsyncIterator[PeerEvent]]:
+        """See `PeerHost`."""
+        watcher = _Watcher(self.peer_id)
+        self._watchers.append(watcher)
+        try:
+            yield watcher
+        finally:
+            self._watchers.remove(watcher)
+
+    # -- what the network does with it
+
+    def __repr__(self) -> str:
+        return f"<simulated host {self.name}>"
+
+    async def runs(self) -> None:
+        """A checkpoint that lasts while the host is frozen: every call a program makes begins so,
+        and every one that waited ends so.
+        """
+        await trio.lowlevel.checkpoint()
+        while self.frozen:
+            await self._thaw.park()
+
+    def deliver(self, action: Callable[[], None]) -> None:
+        """Something arrived that the program, not its kernel, must act on: when it runs."""
+        if self.frozen:
+            self._undelivered.append(action)
+        elif self.alive:
+            action()
+
+    def set_frozen(self, frozen: bool) -> None:
+        """Stop or continue the program."""
+        self.frozen = frozen
+        if not frozen:
+            self._thaw.unpark_all()
+            waiting, self._undelivered = self._undelivered, []
+            for action in waiting:
+                action()
+
+    def go_down(self) -> None:
+        """Everything it had on the network ends."""
+        self._undelivered.clear()
+        self.set_frozen(False)
+        for end in [end for ends in self._ends.values() for end in ends]:
+            end.reset("this host went down")
+        self.alive = False
+
+    def door(self, peer: PeerId, protocol: str) -> StreamHandler | None:
+        """The handler that answers this peer, if any does."""
+        handler, for_strangers = self._handlers.get(protocol, (None, False))
+        return handler if for_strangers or self.is_admitted(peer) else None
+
+    def add_end(self, end: "_End") -> None:
+        """A connection is made."""
+        self._ends.setdefault(end.peer, []).append(end)
+        if len(self._ends[end.peer]) == 1:
+            self._report(PeerEvent(end.peer, "connected"))
+
+    def remove_end(self, end: "_End") -> None:
+        """A connection has ended."""
+        self._ends[end.peer].remove(end)
+        if not self._ends[end.peer]:
+            del self._ends[end.peer]
+            self._admitted.discard(end.peer)
+            self._report(PeerEvent(end.peer, "disconnected"))
+
+    def ends_with(self, peer: PeerId) -> tuple["_End", ...]:
+        """This side of every connection with the peer."""
+        return tuple(self._ends.get(peer, ()))
+
+    def _report(self, event: PeerEvent) -> None:
+        self._network.note(f"{self.name} {event.change} {self._network.name_of(event.peer)}")
+        for watcher in self._watchers:
+            watcher.offer(event)
+
+    def _depart(self, segment: "_Segment") -> None:
+        self.bytes_sent += segment.size
+        segment.pipe.link.queue.push(segment)
+
+    def _arrive(self, segment: "_Segment") -> None:
+        self.bytes_received += segment.size
+        segment.arrive()
+
+
+class SimulatedNetwork:
+    """Hosts and what is between them. Made by `open_simulated_network`."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        *,
+        rng: random.Random,
+        conditions: LinkConditions,
+        trace: Callable[[str], None] | None,
+    ) -> None:
+        self.timeline = _Timeline()
+        self.rng = rng
+        self.conditions = conditions
+        self._nursery = nursery
+        self._trace = trace
+        self._hosts: dict[PeerId, SimulatedHost] = {}
+        self._by_transport: dict[str, SimulatedHost] = {}
+        self._links: dict[tuple[SimulatedHost, SimulatedHost], _Link] = {}
+        self._partitions: list[Partition] = []
+        self._dials = 0
+
+    # -- building it
+
+    def add_host(
+        self,
+        name_or_key: str | bytes,
+        *,
+        swarm_key: bytes | None = None,
+        upload_bytes_s: float = math.inf,
+        download_bytes_s: float = math.inf,
+    ) -> SimulatedHost:
+        """A new host that can be dialled at once.
+
+        name_or_key: a name, from which its key is made, the same in every run; or the 32 bytes of
+        an Ed25519 private key.
+        swarm_key: hosts whose keys differ cannot finish a handshake; None is the open swarm.
+        """
+        name = name_or_key if isinstance(name_or_key, str) else name_or_key.hex()[:8]
+        peer_id = peer_id_of(_public_key(name_or_key))
+        if peer_id in self._hosts:
+            raise ValueError(f"there is a host {name} already")
+        number = len(self._hosts) + 1
+        host = SimulatedHost(
+            self,
+            name,
+            peer_id=peer_id,
+            transport=f"/ip4/10.{number >> 16}.{number >> 8 & 255}.{number & 255}/tcp/4011",
+            swarm_key=swarm_key,
+        )
+        self._hosts[peer_id] = self._by_transport[host.addresses[0].transport] = host
+        self.set_rates(host, upload_bytes_s=upload_bytes_s, download_bytes_s=download_bytes_s)
+        return host
+
+    def host_of(self, peer: PeerId) -> SimulatedHost:
+        """The host with that id. Raises KeyError."""
+        return self._hosts[peer]
+
+    def set_rates(
+        self,
+        host: SimulatedHost,
+        *,
+        upload_bytes_s: float | None = None,
+        download_bytes_s: float | None = None,
+    ) -> None:
+        """Change a host's own link from the next segment on; None leaves a rate as it is."""
+        if upload_bytes_s is not None:
+            host.upload.rate = upload_bytes_s
+        if download_bytes_s is not None:
+            host.download.rate = download_bytes_s
+
+    def set_link(
+        self, one: SimulatedHost, other: SimulatedHost, conditions: LinkConditions
+    ) -> None:
+        """Conditions of the way between two hosts, both directions, from the next segment and the
+        next stream on.
+        """
+        for link in (self.link(one, other), self.link(other, one)):
+            link.set_conditions(conditions)
+
+    # -- what goes wrong
+
+    def kill(self, host: SimulatedHost) -> None:
+        """The host vanishes: connections end on both sides, dials are refused until `revive`.
+
+        What runs on it keeps its handlers and its tasks; stopping those is their owner's part.
+        """
+        self.note(f"kill {host.name}")
+        host.go_down()
+
+    def revive(self, host: SimulatedHost) -> None:
+        """A killed host can dial and be dialled again; it begins without connections."""
+        self.note(f"revive {host.name}")
+        host.alive = True
+
+    def freeze(self, host: SimulatedHost) -> None:
+        """The host's program stops as by SIGSTOP; its connections stay."""
+        self.note(f"freeze {host.name}")
+        host.set_frozen(True)
+
+    def thaw(self, host: SimulatedHost) -> None:
+        """A frozen host goes on, with all that arrived meanwhile."""
+        self.note(f"thaw {host.name}")
+        host.set_frozen(False)
+
+    def partition(
+        self, group_a: Iterable[SimulatedHost], group_b: Iterable[SimulatedHost] | None = None
+    ) -> "Partition":
+        """Let nothing cross between the groups; without a second one, between the first and all
+        others, those added later too. Partitions add up.
+        """
+        side_a = frozenset(host.peer_id for host in group_a)
+        side_b = None if group_b is None else frozenset(host.peer_id for host in group_b)
+        self._partitions.append(Partition(side_a, side_b))
+        self.note(f"partition of {len(side_a)}")
+        return self._partitions[-1]
+
+    def heal(self, partition: "Partition | None" = None) -> None:
+        """End one partition, or all; what was under way goes on. One that is healed already stays
+        so.
+        """
+        self.note("heal")
+        self._partitions = [
+            other for other in self._partitions if partition is not None and other is not partition
+        ]
+        for link in self._links.values():
+            link.go_on()
+
+    def drop(self, one: SimulatedHost, other: SimulatedHost) -> None:
+        """Reset the connections between two hosts; both sides see it at once."""
+        self.note(f"drop {one.name} {other.name}")
+        for end in (*one.ends_with(other.peer_id), *other.ends_with(one.peer_id)):
+            end.lose("the connection was reset")
+
+    # -- what hosts and links ask of it
+
+    def is_cut(self, source: SimulatedHost, target: SimulatedHost) -> bool:
+        """Whether a partition lies between them."""
+        return any(cut.separates(source.peer_id, target.peer_id) for cut in self._partitions)
+
+    def name_of(self, peer: PeerId) -> str:
+        """For the trace: the host's name."""
+        return self._hosts[peer].name
+
+    def note(self, text: str) -> None:
+        """Write a line of the trace."""
+        if self._trace is not None:
+            self._trace(f"{self.timeline.now():.9f} {text}")
+
+    async def dial(self, source: SimulatedHost, address: Address) -> str:
+        """Connect; gives "" or what went wrong."""
+        problem = f"no answer within {self.conditions.dial_timeout_s:g} s"
+        with trio.move_on_after(self.conditions.dial_timeout_s):
+            problem = await self._handshake(source, address)
+        self.note(f"{source.name} dials {address.transport}: {problem or 'connected'}")
+        return problem
+
+    async def _handshake(self, source: SimulatedHost, address: Address) -> str:
+        """Two round trips, as Noise over TCP has them, and who is who in between."""
+        target = self._by_transport.get(address.transport)
+        if target is None or not target.alive:
+            await trio.sleep(2 * self.conditions.latency_s)
+            return "connection refused"
+        there, back = self.link(source, target), self.link(target, source)
+        await there.cross()
+        await back.cross()
+        await there.cross()
+        if target.peer_id != address.peer:
+            await back.cross()
+            return f"another peer answered there: {target.peer_id}"
+        if source.swarm_key != target.swarm_key:
+            await back.cross()
+            return "the handshake failed: it is not of our swarm"
+        return await self._establish(source, target, back)
+
+    async def _establish(self, source: SimulatedHost, target: SimulatedHost, back: "_Link") -> str:
+        """The answering side has its connection first; the dialling one when it hears of it."""
+        self._dials += 1
+        outbound = _End(self, source, target, target.addresses[0].transport, inbound=False)
+        from_port = f"{source.addresses[0].transport.rpartition('/')[0]}/{40_000 + self._dials}"
+        inbound = _End(self, target, source, from_port, inbound=True)
+        outbound.other, inbound.other = inbound, outbound
+        inbound.begin()
+        heard = False
+        try:
+            await back.cross()
+            heard = inbound.alive and source.alive
+        finally:
+            if not heard:
+                outbound.tell(partial(inbound.lose, "the dialling side gave up"))
+        if not heard:
+            return "it ended the connection at once"
+        outbound.begin()
+        self._limit_life(outbound)
+        return ""
+
+    def _limit_life(self, end: "_End") -> None:
+        mean_s = self.link(end.host, end.remote).conditions.connection_life_s_mean
+        if math.isfinite(mean_s):
+            life_s = self.rng.expovariate(1 / mean_s)
+            self.timeline.at(self.timeline.now() + life_s, end.reset, "the connection was reset")
+
+    async def open_stream(self, end: "_End", protocol: str) -> SimulatedStream:
+        """Ask the other side for the protocol. Raises PeerGone, NotAdmitted."""
+        there, back = self.link(end.host, end.remote), self.link(end.remote, end.host)
+        stream = SimulatedStream(end, protocol, _Pipe(there), _Pipe(back))
+        answer = _Answer()
+        there.carry(partial(end.remote.deliver, partial(self._answer, stream, end, answer)))
+        end.opening[answer] = None
+        try:
+            with trio.move_on_after(there.conditions.dial_timeout_s):
+                await answer.given.wait()
+        finally:
+            end.opening.pop(answer, None)
+            if answer.accepted is not True:
+                stream.reset()
+        await end.host.runs()
+        if answer.accepted is False:
+            raise NotAdmitted(end.peer, f"it does not answer {protocol} for us")
+        if answer.accepted is None:
+            raise PeerGone(end.peer, "it did not answer" if end.alive else "the connection ended")
+        return stream
+
+    def _answer(self, asking: SimulatedStream, end: "_End", answer: "_Answer") -> None:
+        """On the side that is asked."""
+        other = end.other
+        if not other.alive or not asking.whole:
+            return
+        handler = other.host.door(other.peer, asking.protocol)
+        self.note(
+            f"{end.host.name} opens {asking.protocol} to {other.host.name}:"
+            f" {'yes' if handler else 'no'}"
+        )
+        if handler is not None:
+            answering = SimulatedStream(other, asking.protocol, asking._incoming, asking._outgoing)
+            self._nursery.start_soon(self._serve, answering, handler)
+        other.tell(partial(answer.give, handler is not None))
+
+    async def _serve(self, stream: SimulatedStream, handler: StreamHandler) -> None:
+        """One stream's task: its peer's errors are logged and end it, our own travel up."""
+        try:
+            await handler(stream)
+        except* OmxError as group:
+            _log.warning("%s with %s ended: %s", stream.protocol, stream.peer, _first(group))
+            stream.reset()
+        finally:
+            stream.close_now()
+
+    def link(self, source: SimulatedHost, target: SimulatedHost) -> "_Link":
+        """The way from one to the other."""
+        try:
+            return self._links[source, target]
+        except KeyError:
+            link = self._links[source, target] = _Link(self, source, target)
+            return link
+
+
+@asynccontextmanager
+async def open_simulated_network(
+    *,
+    rng: random.Random,
+    conditions: LinkConditions = LinkConditions(),
+    trace: Callable[[str], None] | None = None,
+) -> AsyncIterator[SimulatedNetwork]:
+    """A network for as long as the block is open; its end ends every handler.
+
+    rng: all dice of the network; seed it to have the same run again.
+    conditions: of every link that `set_link` does not change.
+    trace: is given a line with the virtual time for everything that happens to a connection.
+    """
+    async with trio.open_nursery() as nursery:
+        network = SimulatedNetwork(nursery, rng=rng, conditions=conditions, trace=trace)
+        nursery.start_soon(network.timeline.run)
+        yield network
+        nursery.cancel_scope.cancel()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Partition:
+    """What `SimulatedNetwork.partition` made and `heal` takes."""
+
+    side_a: frozenset[PeerId]
+    side_b: frozenset[PeerId] | None
+    """None: everybody who is not in side_a."""
+
+    def separates(self, one: PeerId, other: PeerId) -> bool:
+        """Whether the two are on different sides."""
+        return self._from_a_to_b(one, other) or self._from_a_to_b(other, one)
+
+    def _from_a_to_b(self, one: PeerId, other: PeerId) -> bool:
+        if one not in self.side_a:
+            return False
+        return other not in self.side_a if self.side_b is None else other in self.side_b
+
+
+# -- connections -------------------------------------------------------------------------------
+
+
+class _End:
+    """One side of a connection. The two sides may disagree for a while: a reset travels too."""
+
+    other: "_End"
+
+    def __init__(
+        self,
+        network: SimulatedNetwork,
+        host: SimulatedHost,
+        remote: SimulatedHost,
+        address: str,
+        *,
+        inbound: bool,
+    ) -> None:
+        self.host = host
+        self.remote = remote
+        self.peer = remote.peer_id
+        self.address = address
+        self.inbound = inbound
+        self.alive = False
+        self.streams: dict[SimulatedStream, None] = {}  # in order, unlike a set
+        self.opening: dict[_Answer, None] = {}
+        self._link = network.link(host, remote)
+
+    def begin(self) -> None:
+        """The handshake is done on this side."""
+        self.alive = True
+        self.host.add_end(self)
+
+    def tell(self, action: Callable[[], None]) -> None:
+        """Have the other side's program do something, when this arrives there."""
+        self._link.carry(partial(self.remote.deliver, action))
+
+    def reset(self, problem: str) -> None:
+        """End it here now, and there when the news arrives."""
+        if self.alive:
+            self.tell(partial(self.other.lose, "the other side ended the connection"))
+            self.lose(problem)
+
+    def lose(self, problem: str) -> None:
+        """It has ended on this side."""
+        if not self.alive:
+            return
+        self.alive = False
+        for stream in list(self.streams):
+            stream.lose(problem)
+        for answer in self.opening:
+            answer.given.set()
+        self.host.remove_end(self)
+
+
+class _Answer:
+    """Whether the other side takes a stream; None while it has not said."""
+
+    def __init__(self) -> None:
+        self.accepted: bool | None = None
+        self.given = trio.Event()
+
+    def give(self, accepted: bool) -> None:
+        """The answer has arrived."""
+        self.accepted = accepted
+        self.given.set()
+
+
+class _Watcher:
+    """One reader of a host's events."""
+
+    def __init__(self, peer_id: PeerId) -> None:
+        self._peer_id = peer_id
+        self._waiting: deque[PeerEvent] = deque()
+        self._readers = trio.lowlevel.ParkingLot()
+        self._behind = False
+
+    def offer(self, event: PeerEvent) -> None:
+        """Keep it for the reader, unless that has fallen behind."""
+        if len(self._waiting) >= WATCH_EVENTS_MAX:
+            self._behind = True
+        else:
+            self._waiting.append(event)
+        self._readers.unpark_all()
+
+    def __aiter__(self) -> "_Watcher":
+        return self
+
+    async def __anext__(self) -> PeerEvent:
+        await trio.lowlevel.checkpoint()
+        while not self._waiting:
+            if self._behind:
+                raise PeerGone(self._peer_id, "the reader of its events fell behind")
+            await self._readers.park()
+        return self._waiting.popleft()
+
+
+# -- bytes -------------------------------------------------------------------------------------
+
+
+class _Pipe:
+    """One direction of one stream: what is between its writer and its reader."""
+
+    __slots__ = (
+        "_room", "_unreported", "arrived", "dead", "ended", "link", "reader", "readers", "refused",
+        "window", "writer", "writers",
+    )  # fmt: skip
+
+    def __init__(self, link: "_Link") -> None:
+        self.link = link
+        self.writer: SimulatedStream | None = None
+        self.reader: SimulatedStream | None = None
+        self.window = link.conditions.window_bytes
+        self.arrived: list[bytes | memoryview] = []
+        self.ended = False
+        """The writer will send nothing more, and the reader knows."""
+        self.refused = False
+        """The reader has closed the stream, and the writer knows."""
+        self.dead = False
+        """What arrives now is nobody's."""
+        self.readers = trio.lowlevel.ParkingLot()
+        self.writers = trio.lowlevel.ParkingLot()
+        self._room = self.window
+        self._unreported = 0
+
+    def take(self, data: memoryview) -> int:
+        """Send as much as the window has room for; gives how many bytes that was."""
+        taken = min(len(data), self._room)
+        self._room -= taken
+        for start in range(0, taken, SEGMENT_BYTES):
+            part = data[start : min(start + SEGMENT_BYTES, taken)]
+            self.link.source.upload.push(_Segment(self, part))
+        return taken
+
+    def push_mark(self, action: Callable[[], None]) -> None:
+        """Have something happen at the reader when all that was sent before has arrived."""
+        self.link.source.upload.push(_Segment(self, b"", action))
+
+    def read(self) -> bytes:
+        """All that has arrived; makes room for the writer, which it hears of later."""
+        data = b"".join(self.arrived)
+        self.arrived.clear()
+        self._unreported += len(data)
+        # Half a window at a time, as yamux reports it: fewer messages, and the writer never stops
+        # while the reader keeps up.
+        if self._unreported >= self.window // 2:
+            back = self.link.network.link(self.link.target, self.link.source)
+            back.carry(partial(self._make_room, self._unreported))
+            self._unreported = 0
+        return data
+
+    def _make_room(self, size: int) -> None:
+        self._room += size
+        self.writers.unpark_all()
+
+    def end(self) -> None:
+        """The writer has said that it is done."""
+        self.ended = True
+        self.readers.unpark_all()
+
+    def end_both(self) -> None:
+        """The writer has closed its side of the stream altogether: it reads nothing either."""
+        self.end()
+        if self.reader is not None:
+            self.reader._outgoing.refused = True
+            self.reader._outgoing.writers.unpark_all()
+
+
+class _Segment:
+    """Bytes on their way; or, with an action, a mark between them."""
+
+    __slots__ = ("_action", "_data", "pipe", "size")
+
+    def __init__(
+        self, pipe: _Pipe, data: bytes | memoryview, action: Callable[[], None] | None = None
+    ) -> None:
+        self.pipe = pipe
+        self.size = len(data)
+        self._data = data
+        self._action = action
+
+    def arrive(self) -> None:
+        """It is at the reader."""
+        if self.pipe.dead:
+            return
+        if self._action is not None:
+            self._action()
+        else:
+            self.pipe.arrived.append(self._data)
+            self.pipe.readers.unpark_all()
+
+
+class _FairQueue:
+    """A rate that streams share: each that waits sends one segment in turn."""
+
+    __slots__ = ("_busy", "_forward", "_timeline", "_waiting", "rate")
+
+    def __init__(
+        self, timeline: "_Timeline", rate: float, forward: Callable[[_Segment], None]
+    ) -> None:
+        self.rate = rate
+        self._timeline = timeline
+        self._forward = forward
+        self._waiting: dict[_Pipe, deque[_Segment]] = {}  # the first is the next in turn
+        self._busy = False
+
+    def push(self, segment: _Segment) -> None:
+        """Take a segment in; it leaves when its time has been spent on it."""
+        if not self._busy and (self.rate == math.inf or not segment.size):
+            self._forward(segment)
+            return
+        queue = self._waiting.get(segment.pipe)
+        if queue is None:
+            queue = self._waiting[segment.pipe] = deque()
+        queue.append(segment)
+        if not self._busy:
+            self._start()
+
+    def _start(self) -> None:
+        pipe = next(iter(self._waiting))
+        queue = self._waiting.pop(pipe)
+        segment = queue.popleft()
+        if queue:
+            self._waiting[pipe] = queue
+        self._busy = True
+        spent_s = 0.0 if segment.pipe.dead else segment.size / self.rate
+        self._timeline.at(self._timeline.now() + spent_s, self._finish, segment)
+
+    def _finish(self, segment: _Segment) -> None:
+        self._busy = False
+        if self._waiting:
+            self._start()
+        if not segment.pipe.dead:
+            self._forward(segment)
+
+
+class _Link:
+    """The way from one host to another. What it carries arrives in the order it was sent."""
+
+    def __init__(
+        self, network: SimulatedNetwork, source: SimulatedHost, target: SimulatedHost
+    ) -> None:
+        self.network = network
+        self.source = source
+        self.target = target
+        self.conditions = network.conditions
+        self.queue = _FairQueue(network.timeline, self.conditions.bandwidth_bytes_s, self._depart)
+        self._arrival_last = 0.0
+        self._held: list[Callable[[], None]] = []
+
+    def set_conditions(self, conditions: LinkConditions) -> None:
+        """From the next segment on."""
+        self.conditions = conditions
+        self.queue.rate = conditions.bandwidth_bytes_s
+
+    def carry(self, action: Callable[[], None]) -> None:
+        """Something small, whose bytes are not charged, happens at the other end."""
+        timeline = self.network.timeline
+        delay_s = self.conditions.latency_s + self.network.rng.random() * self.conditions.jitter_s
+        self._arrival_last = max(self._arrival_last, timeline.now() + delay_s)
+        timeline.at(self._arrival_last, self._arrive, action)
+
+    async def cross(self) -> None:
+        """Wait for one message to the other end, and for the program there to take it."""
+        arrived = trio.Event()
+        self.carry(partial(self.target.deliver, arrived.set))
+        await arrived.wait()
+
+    def go_on(self) -> None:
+        """Carry again what a partition held up."""
+        if self._held and not self.network.is_cut(self.source, self.target):
+            held, self._held = self._held, []
+            for action in held:
+                self.carry(action)
+
+    def _depart(self, segment: _Segment) -> None:
+        self.carry(partial(self.target.download.push, segment))
+
+    def _arrive(self, action: Callable[[], None]) -> None:
+        if self.network.is_cut(self.source, self.target):
+            self._held.append(action)
+        else:
+            action()
+
+
+class _Timeline:
+    """What will happen when. One task runs it all, in order of time, then of arrival."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
+        self._count = 0
+        self._wakes_at = math.inf
+        self._earlier = trio.Event()
+
+    @staticmethod
+    def now() -> float:
+        """Seconds of trio's clock."""
+        return trio.current_time()
+
+    def at(self, time: float, action: Callable[..., None], *arguments: object) -> None:
+        """Call the action then, or as soon after as the run goes on."""
+        self._count += 1
+        heapq.heappush(self._events, (time, self._count, action, arguments))
+        if time < self._wakes_at:
+            self._earlier.set()
+
+    async def run(self) -> None:
+        """Make things happen; never ends."""
+        while True:
+            self._wakes_at = -math.inf  # what is added meanwhile needs no waking
+            self._run_due()
+            self._wakes_at = self._events[0][0] if self._events else math.inf
+            self._earlier = trio.Event()
+            with trio.move_on_at(self._wakes_at):
+                await self._earlier.wait()
+
+    def _run_due(self) -> None:
+        now = self.now()
+        while self._events and self._events[0][0] <= now:
+            _, _, action, arguments = heapq.heappop(self._events)
+            action(*arguments)
+
+
+def _public_key(name_or_key: str | bytes) -> bytes:
+    # Imported here: it takes 30 ms, and whoever imports the package may never add a host.
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    seed = (
+        hashlib.sha256(name_or_key.encode()).digest()
+        if isinstance(name_or_key, str)
+        else name_or_key
+    )
+    return Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+
+
+def _first(group: BaseException) -> BaseException:
+    """The first of the errors in a group of groups."""
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group

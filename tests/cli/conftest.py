@@ -1,0 +1,2 @@
+from tests.api.serving import served  # noqa: F401 - a fixture
+from tests.cli.running_omx import omx  # noqa: F401 - a fixture

@@ -1,0 +1,177 @@
+"""Command lines that need no node: usage, settings, start-up."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from omx_cli.main import app, run
+from tests.cli.running_omx import ROOT, environment
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch, tmp_path):
+    for name in [*os.environ]:
+        if name.startswith(("OMX_", "OLLAMA_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_help_lists_every_command():
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    names = "up join invite pull import create list show cp rm peers status stop leave events"
+    for command in [*names.split(" "), "doctor", "version", "config"]:
+        assert f"\n  {command} " in result.output
+
+
+@pytest.mark.parametrize("command", [c.name for c in app.registered_commands])
+def test_every_command_has_help_and_json(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "--json" in result.output
+    assert command in ("version", "demo") or "--data-dir" in result.output
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["stauts"], "Did you mean 'status'?"),
+        (["list", "--jsno"], "No such option"),
+        (["pull"], "Missing argument 'MODEL'"),
+        (["invite", "--uses", "0"], "--uses"),
+        (["invite", "--expires", "soon"], "'soon' is not a time like 90s"),
+        (["invite", "--expires", "nan"], "is not a time"),
+        (["show", "x", "--license", "--system"], "only one of"),
+        (["up", "--api", "0.0.0.0:1"], "--api: 0.0.0.0 is not a loopback address"),
+        (["up", "--listen", "tcp/1"], "--listen: invalid address"),
+        (["up", "--bootstrap", "x"], "--bootstrap: invalid address"),
+        (["up", "--config", "none.toml"], "there is no such file"),
+    ],
+)
+def test_bad_usage_is_one_line_and_2(line, text, capsys):
+    assert run(line) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Error: ")
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_errors_for_programs_are_json(capsys):
+    assert run(["status", "--json"]) == 4
+    found = json.loads(capsys.readouterr().err)
+    assert found["code"] == "node_not_running"
+    assert run(["frobnicate", "--json"]) == 2
+    assert json.loads(capsys.readouterr().err)["code"] == "usage"
+
+
+@pytest.mark.parametrize("command", [["status"], ["peers"], ["invite"], ["stop"], ["events"]])
+def test_without_a_node_the_mend_is_named(command, capsys):
+    assert run(command) == 4
+    assert "omx up" in capsys.readouterr().err
+
+
+def test_config_show_prints_values_and_sources(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("OMX_API", "127.0.0.1:7")
+    monkeypatch.setenv("OMX_ORIGIN_CREDENTIALS", "reg.local=me:hunter2")
+    assert run(["config", "show"]) == 0
+    out = capsys.readouterr().out
+    assert "hunter2" not in out
+    assert ["api.listen", "127.0.0.1:7", "OMX_API"] in [line.split() for line in out.splitlines()]
+    assert run(["config", "show", "--json", "--data-dir", str(tmp_path / "d")]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["data_dir"] == {"value": str(tmp_path / "d"), "source": "--data-dir"}
+    assert settings["origin.credentials"]["value"] == {"reg.local": "(set, not shown)"}
+
+
+def test_config_check_tells_good_files_from_bad(tmp_path, capsys):
+    file = tmp_path / "c.toml"
+    file.write_text("[transfer]\nupload_slots = 2\n")
+    assert run(["config", "check", str(file)]) == 0
+    assert capsys.readouterr().out == f"{file}: ok\n"
+    file.write_text("[transfer]\nuplod_slots = 2\n")
+    assert run(["config", "check", str(file), "--json"]) == 2
+    found = json.loads(capsys.readouterr().err)
+    assert found["code"] == "bad_config"
+    assert "did you mean transfer.upload_slots?" in found["error"]
+
+
+def test_a_fault_of_ours_is_one_line_without_a_traceback(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr("ollamamax_p2p.config.loading.load", broken)
+    assert run(["config", "show"]) == 1
+    err = capsys.readouterr().err
+    assert err == (
+        "Error: unexpected ZeroDivisionError: two lines "
+        "(this is a fault of omx; OMX_DEBUG=1 shows where)\n"
+    )
+    monkeypatch.setenv("OMX_DEBUG", "1")
+    assert run(["config", "show"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.output.startswith("omx version is ")
+    assert json.loads(CliRunner().invoke(app, ["version", "--json"]).output)["version"]
+
+
+SLOW_MODULES = {
+    "libp2p", "starlette", "anycorn", "httpx2", "trio", "rich", "msgspec", "zeroconf",
+    "multiaddr", "cryptography", "h11",
+}  # fmt: skip
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("line", [["--help"], ["pull", "--help"], ["--version"]])
+def test_help_loads_nothing_slow(line, tmp_path):
+    script = (
+        "import sys\nfrom omx_cli.main import run\n"
+        f"assert run({line!r}) == 0\nprint(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    loaded = {name.partition(".")[0] for name in done.stderr.split()}
+    assert not loaded & SLOW_MODULES
+
+
+@pytest.mark.network
+def test_commands_that_only_talk_http_load_no_libp2p(tmp_path):
+    script = (
+        "import sys\nfrom omx_cli.main import run\n"
+        "assert run(['status']) == 4\nprint(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    loaded = {name.partition(".")[0] for name in done.stderr.splitlines()[-1].split()}
+    assert not loaded & {"libp2p", "starlette", "anycorn", "httpx2", "zeroconf", "rich"}
+
+
+def test_the_public_names_are_all_there():
+    import ollamamax_p2p
+
+    for name in ollamamax_p2p.__all__:
+        assert getattr(ollamamax_p2p, name) is not None
+    assert set(ollamamax_p2p.__all__) <= set(dir(ollamamax_p2p))
+    with pytest.raises(AttributeError):
+        _ = ollamamax_p2p.nothing_of_that_name
