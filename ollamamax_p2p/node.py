@@ -190,10 +190,10 @@ async def open_session(
             rng=rng,
             feed=feed,
             wall_clock=clock,
+            origin_settings=config.origin,
         ) as transfer,
     ):
         learned.append(discovery.learn)
-        await discovery.providers.announce([*await store.blobs(), *await store.partials()])
         yield Session(membership, host, connections, discovery, transfer)
 
 
@@ -222,7 +222,6 @@ class Node:
         self._moves, self._asked_moves = trio.open_memory_channel["_Move[Any]"](0)
         self._opened_at = trio.current_time()
         self._stop = trio.Event()
-        self._pulls: dict[str, int] = {}
 
     # -- what it is and sees -------------------------------------------------------------------
 
@@ -230,6 +229,11 @@ class Node:
     def addresses(self) -> tuple[Address, ...]:
         """Where others can dial this node, as known now."""
         return self._now.host.addresses
+
+    @property
+    def bytes_uploaded(self) -> int:
+        """Of chunks, to all peers, since this node joined its swarm."""
+        return self._now.transfer.bytes_served
 
     async def status(self) -> NodeStatus:
         """One look at the node."""
@@ -253,7 +257,7 @@ class Node:
                 model_count=len(await self._store.models()),
                 partial_count=len(await self._store.partials()),
             ),
-            pulls=tuple(self._pulls),
+            pulls=session.transfer.pulls(),
             mdns=session.discovery.mdns_state,
             other_swarms=tuple(session.discovery.other_swarms()),
         )
@@ -323,14 +327,10 @@ class Node:
         Raises BadName, ModelNotFound, StoreFull, StoreReadOnly, NoSources, OriginTrouble.
         """
         parsed = parse_model_name(name)
-        with self._counted(str(parsed)):
-            await self._now.discovery.settled()
-            return await self._now.transfer.pull(
-                parsed,
-                from_origin=from_origin,
-                insecure=insecure,
-                on_progress=on_progress or _ignore,
-            )
+        await self._now.discovery.settled()
+        return await self._now.transfer.pull(
+            parsed, from_origin=from_origin, insecure=insecure, on_progress=on_progress
+        )
 
     async def import_model(self, path: Path, name: str) -> ModelInfo:
         """Make a local GGUF or safetensors file a model; the file is neither moved nor changed."""
@@ -430,8 +430,9 @@ class Node:
             raise BadConfig(
                 "join", "this node is in a swarm with other members; leave it first (`omx leave`)"
             )
-        if self._pulls:
-            raise BadConfig("join", f"a pull is running ({next(iter(self._pulls))}); let it end")
+        pulls = self._now.transfer.pulls()
+        if pulls:
+            raise BadConfig("join", f"a pull is running ({pulls[0]}); let it end first")
 
     async def _is_alone(self) -> bool:
         """Whether nobody else was ever seen in this swarm."""
@@ -536,16 +537,6 @@ class Node:
         ):
             yield session
 
-    @contextlib.contextmanager
-    def _counted(self, model: str) -> Iterator[None]:
-        self._pulls[model] = self._pulls.get(model, 0) + 1
-        try:
-            yield
-        finally:
-            self._pulls[model] -= 1
-            if not self._pulls[model]:
-                del self._pulls[model]
-
 
 class _Move(Generic[T]):
     """Something to do between two sessions, and how it went."""
@@ -640,7 +631,3 @@ def _iso_now() -> str:
 
 def _iso(unix_s: float) -> str:
     return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds")
-
-
-def _ignore(_: PullProgress) -> None:
-    """For pulls that nobody watches."""

@@ -7,7 +7,7 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 DataDir = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="The node's own folder (default ~/.omx, OMX_DATA_DIR)."),
+    typer.Option(metavar="DIR", help="The node's own folder (default ~/.omx)."),
 ]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="Read settings from this file.")
@@ -26,7 +26,9 @@ Bootstrap = Annotated[
 ]
 NoMdns = Annotated[bool, typer.Option("--no-mdns", help="Do not look for peers by multicast DNS.")]
 Open = Annotated[bool, typer.Option("--open", help="A swarm without a key: everybody may connect.")]
-NodeName = Annotated[str | None, typer.Option("--name", help="What peers are shown.")]
+NodeName = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="What peers are shown.")
+]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", show_default=False)]
 
 

@@ -155,15 +155,15 @@ class LogView:
     """One plain line per state, for pipes and logs."""
 
     def __init__(self) -> None:
-        self._last = ""
+        self._told: set[str] = set()
 
     def show(self, progress: "PullProgress") -> None:
-        """A new state; the bytes of one blob are one state."""
-        size = f": {human_bytes(progress.total)}" if progress.digest and progress.total else ""
-        line = f"{progress.status}{size}"
-        if line != self._last:
+        """A new state. Blobs come side by side, so a state returns; it is told the first time."""
+        is_blob = progress.status.startswith("pulling ") and progress.total
+        line = f"{progress.status}: {human_bytes(progress.total)}" if is_blob else progress.status
+        if line not in self._told:
             tell(line)
-            self._last = line
+            self._told.add(line)
         if progress.note:
             tell(progress.note)
 
@@ -183,10 +183,10 @@ class TerminalView:
         self._sources = progress.sources or self._sources
         if progress.note:
             self._live.console.print(progress.note, markup=False, highlight=False)
+        is_blob = progress.digest is not None and progress.status.startswith("pulling ")
+        self._status = "" if is_blob else progress.status
         if progress.digest is None:
-            self._status = progress.status
             return
-        self._status = ""
         title = f"pulling {short_digest(progress.digest)}"
         line = self._lines.setdefault(progress.digest, BlobLine(title))
         line.update(progress, self._now())

@@ -154,7 +154,7 @@ def _folders(machine: _Machine) -> Iterator[Finding]:
     path = machine.data_dir
     if not path.exists():
         parent = next(each for each in path.parents if each.exists())
-        if os.access(parent, os.W_OK):
+        if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
             yield Finding("data folder", "ok", f"{path} will be made")
         else:
             mend = f"make it and give it to this user, or choose another with --data-dir ({parent})"
@@ -193,7 +193,10 @@ def _models(machine: _Machine) -> Iterator[Finding]:
     # A running node may have been given another store than the one that is set here.
     path = Path(machine.status.store.path) if machine.status else machine.content.models
     place = next(each for each in (path, *path.parents) if each.exists())
-    if not os.access(place, os.W_OK | os.X_OK):
+    if not place.is_dir():
+        mend = "move it away, or choose another with --models"
+        yield Finding("models", "fail", f"{place} is not a folder", mend)
+    elif not os.access(place, os.W_OK | os.X_OK):
         text = f"{path} is read-only: it can be served, but nothing can be pulled into it"
         yield Finding("models", "warn", text, "make it writable, or choose another with --models")
     else:

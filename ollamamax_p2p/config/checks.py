@@ -149,8 +149,8 @@ def _registries_problem(hosts: tuple[str, ...]) -> str | None:
     return None if wrong is None else f"{wrong!r} is not host[:port]"
 
 
-def _token_hosts_problem(hosts: Mapping[str, tuple[str, ...]]) -> str | None:
-    return _registries_problem((*hosts, *(each for row in hosts.values() for each in row)))
+def _token_hosts_problem(hosts: Mapping[str, str]) -> str | None:
+    return _registries_problem((*hosts, *hosts.values()))
 
 
 def _credentials_problem(credentials: Mapping[str, str]) -> str | None:

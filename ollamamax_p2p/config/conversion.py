@@ -15,15 +15,13 @@ class Unusable(ValueError):
 
 def from_text(text: str, wanted: Any) -> Any:
     """A value from the environment or a flag. Lists are separated by commas, tables written as
-    `key=value,key=value`, several values of one key `key=a|b`. Raises Unusable.
+    `key=value,key=value`. Raises Unusable.
     """
     origin = get_origin(wanted)
     if origin is tuple:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if origin is not None and _is_mapping(origin):
-        pairs = dict(_pair(part) for part in text.split(",") if part.strip())
-        is_list = get_origin(get_args(wanted)[1]) is tuple
-        return {key: tuple(each.split("|")) for key, each in pairs.items()} if is_list else pairs
+        return dict(_pair(part) for part in text.split(",") if part.strip())
     if wanted is bool:
         return _truth(text)
     if wanted in (int, float):
@@ -41,7 +39,7 @@ def from_toml(value: Any, wanted: Any) -> Any:
     if origin is tuple:
         return _texts(value)
     if origin is not None and _is_mapping(origin):
-        return _table(value, get_args(wanted)[1])
+        return _table(value)
     if wanted is Path and isinstance(value, str):
         return _path(value)
     if wanted is float and type(value) is int:
@@ -76,13 +74,9 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _table(value: Any, wanted: Any) -> dict[str, Any]:
+def _table(value: Any) -> dict[str, str]:
     """The value is not repeated in errors: it may be a password."""
-    if not isinstance(value, Mapping):
-        raise Unusable("expected a table")
-    if get_origin(wanted) is tuple:
-        return {key: _texts(each) for key, each in value.items()}
-    if not all(isinstance(each, str) for each in value.values()):
+    if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
         raise Unusable("expected a table of texts")
     return dict(value)
 

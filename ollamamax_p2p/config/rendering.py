@@ -49,7 +49,7 @@ def _plain(setting: Setting, value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: list(each) if isinstance(each, tuple) else each for key, each in value.items()}
+        return dict(value)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -62,8 +62,7 @@ _HEAD = """\
 
 A value is taken from, weakest first: its default, the file, the environment, a flag. The file is
 the one that `--config` or `OMX_CONFIG` names, else `config.toml` in the data folder. Lists in the
-environment are separated by commas, tables written as `key=value,key=value`, several values of one
-key as `key=a|b`. An unknown key in the
+environment are separated by commas, tables written as `key=value,key=value`. An unknown key in the
 file, or an unknown variable that begins with `OMX_`, is an error. `omx config show` prints what is
 in force and where it came from.
 """

@@ -233,8 +233,10 @@ class DiskPartial:
                 self._map_digest = record.map_digest
                 self._have = self._trusted(record)
                 self._count_missing()
-            os.ftruncate(self._data, self.size)
+            # The record first: an old one must never stand beside a file of the full size whose
+            # bytes it does not know.
             self._rewrite_record()
+            os.ftruncate(self._data, self.size)
         except BaseException:
             self.close()
             raise

@@ -41,6 +41,7 @@ from ollamamax_p2p.errors import (
     code,
 )
 from ollamamax_p2p.host.join_messages import (
+    AGENT_CHARS_MAX,
     BUSY,
     FULL,
     NOT_A_MEMBER,
@@ -152,7 +153,7 @@ async def open_connections(
     """Answer the join protocol and watch over links for as long as the block is open.
 
     membership: None while this node is in no swarm yet; `redeem` or `enter`, then `adopt`.
-    agent: what we tell peers that we run, at most 128 characters.
+    agent: what we tell peers that we run; cut at 128 characters.
     wall_clock: Unix seconds, for tickets and events.
     on_addresses: called with members' addresses that a member told; may repeat itself.
 
@@ -244,7 +245,7 @@ class Connections:
         self._nursery = nursery
         self._rng = rng
         self._feed = feed
-        self._agent = agent
+        self._agent = agent[:AGENT_CHARS_MAX]
         self._wall_clock = wall_clock
         self._on_addresses = on_addresses
         self._links: dict[PeerId, _Link] = {}

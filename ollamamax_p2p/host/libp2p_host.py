@@ -53,6 +53,7 @@ from ollamamax_p2p.errors import (
     PeerGone,
     PeerMisbehaved,
     PeerUnreachable,
+    PortInUse,
 )
 from ollamamax_p2p.host.libp2p_muxer import BoundedMuxer, BoundedYamux
 from ollamamax_p2p.host.libp2p_streams import Libp2pStream
@@ -88,6 +89,9 @@ DIAL_STAGGER_S = 0.25
 DIAL_ADDRESSES_MAX = 16
 """Of one peer at one time; nobody has more good ones."""
 
+CLOSE_TIMEOUT_S = 0.9
+"""For everything that leaving the block does."""
+
 IDENTIFY_PAUSES_S = (0.0, 0.5, 2.0, 10.0)
 """We may admit a peer a moment before it admits us, and until then it answers no identify."""
 
@@ -118,13 +122,34 @@ async def open_libp2p_host(
         host = Libp2pHost(
             libp2p, settings, nursery=nursery, announce=announce, admit_all=admit_all
         )
-        async with libp2p.run(listen):
-            await check_listening(libp2p, listen)
-            try:
-                yield host
-            finally:
-                await host.go_offline()
-                nursery.cancel_scope.cancel()
+        closing = trio.Event()
+        await nursery.start(_run, host, listen, closing)
+        try:
+            yield host
+        finally:
+            closing.set()
+            nursery.cancel_scope.cancel()
+
+
+async def _run(
+    host: "Libp2pHost",
+    listen: Sequence[Multiaddr],
+    closing: trio.Event,
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """Run py-libp2p until closing is set.
+
+    Shielded, because when it is cancelled it leaves sockets open: connections that it had dialled,
+    and the ports it listens on.
+    """
+    with trio.CancelScope(shield=True) as scope:
+        async with host.libp2p.run(listen):
+            _check_listening(host.libp2p, listen)
+            task_status.started()
+            await closing.wait()
+            scope.deadline = trio.current_time() + CLOSE_TIMEOUT_S
+            await host.go_offline()
 
 
 class Libp2pHost:
@@ -242,11 +267,8 @@ class Libp2pHost:
                 nursery.start_soon(connection.close)
 
     async def go_offline(self) -> None:
-        """Stop listening and end every connection, all at once.
-
-        py-libp2p would take 0.2 s for each connection; and if it is cancelled, it goes on listening.
-        """
-        with trio.CancelScope(shield=True), trio.move_on_after(0.5):
+        """Stop listening and end every connection, all at once: py-libp2p takes 0.2 s for each."""
+        with trio.move_on_after(CLOSE_TIMEOUT_S / 2):
             async with trio.open_nursery() as nursery:
                 for listener in list(self._swarm.listeners.values()):
                     nursery.start_soon(listener.close)
@@ -628,18 +650,11 @@ def _resource_manager(settings: HostSettings) -> ResourceManager:
     )
 
 
-async def check_listening(libp2p: IHost, listen: Sequence[Multiaddr]) -> None:
+def _check_listening(libp2p: Any, listen: Sequence[Multiaddr]) -> None:
     """py-libp2p swallows an address that it cannot listen on. Raises PortInUse."""
-    listening = libp2p.get_network().listeners
     for address in listen:
-        if str(address) not in listening:
-            raise _not_listening(str(address))
-
-
-def _not_listening(address: str) -> OmxError:
-    from ollamamax_p2p.errors import PortInUse
-
-    return PortInUse(address, "--listen")
+        if str(address) not in libp2p.get_network().listeners:
+            raise PortInUse(str(address), "--listen")
 
 
 def _quiet_libp2p() -> None:
@@ -650,6 +665,8 @@ def _quiet_libp2p() -> None:
     logger = logging.getLogger("libp2p")
     logger.propagate = True
     logger.setLevel(logging.DEBUG if os.environ.get("OMX_LOG") == "libp2p" else logging.CRITICAL)
+    logging.getLogger("multiaddr").setLevel(logging.WARNING)  # ten lines for each address it reads
+    logging.getLogger("libp2p.network.auto_connector").setLevel(logging.NOTSET)  # INFO by itself
     # This module logs to the root logger, which makes Python install a handler on stderr.
     swarm_connection.logging = logging.getLogger("libp2p.network.connection")  # type: ignore[attr-defined]  # its import of the module
 

@@ -51,11 +51,11 @@ from ollamamax_p2p.transfer.core.download import (
     present_chunks,
 )
 from ollamamax_p2p.transfer.core.map_votes import MapVotes
-from ollamamax_p2p.transfer.core.messages import Cancel, ChunkPart, Want
+from ollamamax_p2p.transfer.core.messages import ChunkPart
 from ollamamax_p2p.transfer.origin import Origin
 from ollamamax_p2p.transfer.progress import SourceShare
 from ollamamax_p2p.transfer.settings import TransferSettings
-from ollamamax_p2p.transfer.source_session import BLOB_NUMBER, SourceSession
+from ollamamax_p2p.transfer.source_session import SourceSession
 from ollamamax_p2p.transfer.unfinished import UnfinishedBlob, UnfinishedBlobs
 
 MiB = 1024 * 1024
@@ -552,6 +552,7 @@ class _Fill:
             session.peer,
             has=None if session.complete else session.chunks,
             choked=session.choked,
+            round_trip_s=session.round_trip_s,
             now=trio.current_time(),
         )
 
@@ -576,9 +577,7 @@ class _Fill:
         for intention in self._download.decide(now=trio.current_time()):
             match intention:
                 case Ask(source, chunk):
-                    session = self._sessions[PeerId(source)]
-                    session.buffers.pop(chunk, None)
-                    session.post(Want(blob=BLOB_NUMBER, chunk=chunk))
+                    self._sessions[PeerId(source)].ask(chunk, self._download.lengths[chunk])
                 case Drop(source, chunk):
                     self._drop(source, chunk)
                 case Claim():
@@ -590,8 +589,7 @@ class _Fill:
     def _drop(self, source: str, chunk: int) -> None:
         session = self._sessions.get(PeerId(source))
         if session is not None:
-            session.buffers.pop(chunk, None)
-            session.post(Cancel(blob=BLOB_NUMBER, chunk=chunk))
+            session.cancel(chunk)
         elif source in self._ranges and not self._owes(source):
             self._ranges[source].cancel()
 

@@ -12,6 +12,7 @@ machine and may be private.
 
 import ipaddress
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -275,7 +276,9 @@ async def _looked_up(host: str, port: int, resolve: Resolver) -> list[str]:
     except OSError as error:
         raise HttpTrouble(
             f"cannot look up {host} ({error.strerror or error}); "
-            "check the spelling, the network and the name server"
+            "check the spelling, the network and the name server",
+            # A name server that says no says it again; one that does not answer may yet.
+            final=isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME,
         ) from error
 
 

@@ -13,7 +13,7 @@ from ollamamax_p2p.content import BlobStore
 from ollamamax_p2p.content.core.digest import Digest, short
 from ollamamax_p2p.content.core.manifest import Manifest
 from ollamamax_p2p.content.core.model_name import ModelName
-from ollamamax_p2p.errors import ModelNotFound, OmxError, StoreFull, StoreReadOnly
+from ollamamax_p2p.errors import ModelNotFound, OmxError, OriginTrouble, StoreFull, StoreReadOnly
 from ollamamax_p2p.transfer.fetch import FetchTally, OriginOffer
 from ollamamax_p2p.transfer.models_exchange import ModelsExchange
 from ollamamax_p2p.transfer.origin import Origin
@@ -98,9 +98,9 @@ class Pull:
         if not self._from_origin:
             try:
                 meaning = await self._exchange.meaning(self._name)
-            except ModelNotFound:
+            except ModelNotFound as error:
                 if self._origin is None:
-                    raise
+                    return await self._held_already(error)
             else:
                 if meaning.others:
                     total = meaning.holders + meaning.others
@@ -109,7 +109,21 @@ class Pull:
                 return meaning.manifest
         if self._origin is None:
             raise ModelNotFound(str(self._name))
-        return await self._origin.manifest(self._name, insecure=self._insecure)
+        try:
+            return await self._origin.manifest(self._name, insecure=self._insecure)
+        except (OriginTrouble, ModelNotFound) as error:
+            return await self._held_already(error)
+
+    async def _held_already(self, error: OmxError) -> Manifest:
+        """What this node has under the name, if the origin has no better answer."""
+        if self._from_origin:
+            raise error
+        try:
+            manifest = await self._store.manifest(self._name)
+        except ModelNotFound:
+            raise error from None
+        self._tell(PullProgress(status="pulling manifest", note=f"kept what is here: {error}"))
+        return manifest
 
     async def _check_room(self, missing: list[tuple[Digest, int]]) -> None:
         """Before the first byte. An unfinished blob has its room already."""

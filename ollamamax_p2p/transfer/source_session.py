@@ -15,6 +15,7 @@ from ollamamax_p2p.identity import PeerId
 from ollamamax_p2p.transfer.carrier import SourceConversation
 from ollamamax_p2p.transfer.core.messages import (
     MAP_PAGE_CHUNKS,
+    Cancel,
     Choke,
     ChunkPart,
     FromFetcher,
@@ -26,6 +27,7 @@ from ollamamax_p2p.transfer.core.messages import (
     NotHeld,
     Open,
     Unchoke,
+    Want,
 )
 from ollamamax_p2p.transfer.core.peer_session import decode_bits
 
@@ -67,12 +69,15 @@ class SourceSession:
         self.chunk_count = 0
         self.chunks: set[int] = set()
         self.choked = True
+        self.round_trip_s = 0.0
+        """From our asking what it has to its first answer; longer if it had to look it up."""
         self.buffers: dict[int, list[bytes]] = {}
         """Parts of chunks that are not whole yet."""
         self._conversation = conversation
         self._digest = digest
         self._size = size
         self._fetcher = fetcher
+        self._owed_bytes = 0  # asked for and not sent, taken back or not
         self._outbox: deque[FromFetcher] = deque()
         self._posted = trio.Event()
         self._page: MapPage | None = None
@@ -86,14 +91,26 @@ class SourceSession:
         self.map_digest = None
         self._scope.cancel()
 
-    def post(self, message: FromFetcher) -> None:
+    def ask(self, chunk: int, length: int) -> None:
+        """Ask for a chunk."""
+        self.buffers.pop(chunk, None)
+        self._owed_bytes += length
+        self._post(Want(blob=BLOB_NUMBER, chunk=chunk))
+
+    def cancel(self, chunk: int) -> None:
+        """Take the request back; what is under way may still come."""
+        self.buffers.pop(chunk, None)
+        self._post(Cancel(blob=BLOB_NUMBER, chunk=chunk))
+
+    def _post(self, message: FromFetcher) -> None:
         """Send it as soon as the source reads. What can pile up is what `core.download` bounds."""
         self._outbox.append(message)
         self._posted.set()
 
     async def run(self) -> None:
         """Until the conversation ends. Raises PeerGone; PeerMisbehaved that names the source."""
-        self.post(Open(blob=BLOB_NUMBER, digest=raw_hash(self._digest)))
+        self._opened_at = trio.current_time()
+        self._post(Open(blob=BLOB_NUMBER, digest=raw_hash(self._digest)))
         with self._scope:
             await self._talk()
         if self._problem is not None:
@@ -125,6 +142,9 @@ class SourceSession:
         while (message := await self._conversation.receive()) is not None:
             if isinstance(message, ChunkPart):
                 self._check_number(message.blob)
+                self._owed_bytes -= len(message.data)
+                if self._owed_bytes < 0:
+                    raise PeerMisbehaved("", "it sent more than it was ever asked for")
                 await self._fetcher.has_sent(self, message)
             else:
                 self._take(message)
@@ -139,7 +159,7 @@ class SourceSession:
                 self._gained(message.chunks)
             case NotHeld():
                 self._check_number(message.blob)
-                self.answered = True
+                self._has_answered()
                 self.map_digest = None
                 self.buffers.clear()
                 self._fetcher.has_lost(self)
@@ -165,7 +185,7 @@ class SourceSession:
             raise PeerMisbehaved("", f"it cuts {message.size} bytes into {message.chunk_count}")
         if self.map_digest is not None:
             raise PeerMisbehaved("", "it told twice what it has")
-        self.answered = True
+        self._has_answered()
         self.map_digest = digest_of_hash(message.map_digest)
         self.complete = message.complete
         self.chunk_count = message.chunk_count
@@ -173,6 +193,11 @@ class SourceSession:
         if not message.complete:
             self.chunks = set(decode_bits(message.chunks, message.chunk_count))
         self._fetcher.has_offered(self)
+
+    def _has_answered(self) -> None:
+        if not self.answered:
+            self.answered = True
+            self.round_trip_s = trio.current_time() - self._opened_at
 
     def _gained(self, chunks: list[int]) -> None:
         if self.map_digest is None or self.complete:
@@ -208,7 +233,7 @@ class SourceSession:
             raise PeerGone(self.peer, "it does not hold the blob any more")
         self._page_arrived = trio.Event()
         self._page_expected = True
-        self.post(GetMap(blob=BLOB_NUMBER, first=first))
+        self._post(GetMap(blob=BLOB_NUMBER, first=first))
         await self._page_arrived.wait()
         assert self._page is not None, "set before the event"
         if self._page.first != first:

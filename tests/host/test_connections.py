@@ -170,6 +170,13 @@ async def test_members_that_meet_admit_each_other(autojump_clock, swarm, members
     assert two.links.peers()[0].inbound
 
 
+async def test_a_long_agent_is_cut_not_refused(autojump_clock, swarm, members):
+    one = await swarm.add("é" * 300, members())
+    two = await swarm.add("two", members())
+    await two.links.reach(one.host.addresses)
+    assert len(two.links.peers()[0].agent) == 128
+
+
 async def test_the_round_trip_is_measured(autojump_clock, swarm, members):
     one = await swarm.add("one", members())
     two = await swarm.add("two", members())

@@ -79,6 +79,15 @@ def test_a_ticket_makes_another_node_a_member_after_which_both_know_each_other(t
     assert Membership.load(tmp_path / "two").credential(PEERS[1]) == member.credential(PEERS[1])
 
 
+def test_a_node_knows_whether_it_has_admitted_anybody(path):
+    membership = Membership.create(path)
+    ticket = issue(membership)
+    assert not membership.has_admitted
+    membership.redeem(ticket.secret, PEERS[1], now=NOW)
+    assert membership.has_admitted
+    assert Membership.load(path).has_admitted
+
+
 def test_a_credential_proves_one_peer_of_one_swarm():
     one, two = Membership.create(None), Membership.create(None)
     credential = one.credential(PEERS[1])

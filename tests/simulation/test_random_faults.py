@@ -4,11 +4,12 @@ Each seed draws its own schedule. The invariants are checked every virtual secon
 """
 
 import contextlib
+import random
 
 import pytest
 import trio
 
-from ollamamax_p2p.errors import NetworkTrouble, OmxError
+from ollamamax_p2p.errors import ModelNotFound, NetworkTrouble, OmxError
 from ollamamax_p2p.testing import (
     FaultSchedule,
     NodeDied,
@@ -33,12 +34,13 @@ SETTINGS = small_steps(SwarmSettings(upload_bytes_s=1 * MB, download_bytes_s=2 *
 async def pull_again_and_again(node: SimulatedNode, model: SimulatedModel) -> None:
     """As a person would: try, and when it fails with an error that may pass, try again later."""
     while not await node.holds(model):
-        with contextlib.suppress(NodeDied, NetworkTrouble):
+        # ModelNotFound passes too: whoever is cut off reaches nobody who knows the name.
+        with contextlib.suppress(NodeDied, NetworkTrouble, ModelNotFound):
             await node.pull(model)
         await trio.sleep(5)
 
 
-@pytest.mark.seeds(25)
+@pytest.mark.seeds(20)
 async def test_whatever_goes_wrong_every_pull_ends_well_once_it_is_over(seed, rng, record_property):
     schedule = FaultSchedule.draw(rng, NODES, TROUBLE_S)
     record_property("schedule", str(schedule))
@@ -63,12 +65,10 @@ async def test_whatever_goes_wrong_every_pull_ends_well_once_it_is_over(seed, rn
             pull.error is None or isinstance(pull.error, OmxError)
             for pull in swarm.invariants.pulls
         )
-        assert swarm.invariants.checks > TROUBLE_S / 2
+        assert swarm.invariants.checks >= int(schedule.over_at_s)
 
 
 def test_a_schedule_is_the_same_for_the_same_seed_and_keeps_its_promises():
-    import random
-
     drawn = [FaultSchedule.draw(random.Random(seed), 9, 60, spare=2) for seed in range(300)]
     assert drawn == [FaultSchedule.draw(random.Random(seed), 9, 60, spare=2) for seed in range(300)]
     assert len(set(drawn)) > 290

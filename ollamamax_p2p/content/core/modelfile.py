@@ -6,6 +6,7 @@ goes on over line ends until a line ends with the same quote; inside, nothing is
 Source: Ollama's docs/modelfile.md and its parser's behaviour.
 """
 
+import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -256,23 +257,32 @@ def typed_parameter(name: str, text: str) -> Parameter:
         return as_float32(float(text))
     if name in _BOOLS and text in _TRUE | _FALSE:
         return text in _TRUE
-    for kind, names in (("integer", _INTEGERS), ("number", _FLOATS), ("boolean", _BOOLS)):
+    for kind, names in (
+        ("an integer", _INTEGERS),
+        ("a number", _FLOATS),
+        ("true or false", _BOOLS),
+    ):
         if name in names:
-            raise ValueError(f"parameter {name} must be a {kind}, not {text[:40]!r}")
+            raise ValueError(f"parameter {name} must be {kind}, not {text[:40]!r}")
     raise ValueError(f"unknown parameter {name[:40]!r}")
 
 
 def as_float32(value: float) -> float:
     """The number that Ollama stores: rounded to 32 bits, then the shortest decimal of those."""
+    single = _single(value)
+    if not math.isfinite(single):
+        raise ValueError(f"{value} is out of range")
+    # Nine digits tell any two 32-bit numbers apart.
+    shorter = (float(f"{single:.{digits}g}") for digits in range(1, 10))
+    return next(short for short in shorter if _single(short) == single)
+
+
+def _single(value: float) -> float:
     try:
         (single,) = struct.unpack("<f", struct.pack("<f", value))
     except OverflowError:
-        raise ValueError(f"{value} is out of range") from None
-    for digits in range(1, 9):
-        short = float(f"{single:.{digits}g}")
-        if struct.pack("<f", short) == struct.pack("<f", single):
-            return short
-    return float(f"{single:.9g}")
+        return math.inf
+    return float(single)
 
 
 # -- writing -----------------------------------------------------------------------------------

@@ -130,10 +130,10 @@ class _Source:
     has: set[int]
     choked: bool
     heard_at: float
+    round_trip_s: float
     asked: dict[int, _Request] = field(default_factory=dict)
     strays: dict[int, list[int]] = field(default_factory=dict)
     rate: RateEstimate = field(default_factory=RateEstimate)
-    round_trip_s: float = 0.0
     strikes: int = 0
     stalled: bool = False
     """It lost its requests and has sent nothing since; trusted with one at a time."""
@@ -242,15 +242,16 @@ class Download:
         kind: SourceKind = "peer",
         has: Iterable[int] | None = None,
         choked: bool = False,
+        round_trip_s: float = 0.0,
         now: float,
     ) -> None:
-        """A source takes part. has: its chunks; None if it has them all. One that was banned stays
-        out.
+        """A source takes part. has: its chunks; None if it has them all. round_trip_s: how long it
+        took to answer something short. One that was banned stays out.
         """
         if name in self._banned:
             return
         self.source_removed(name)
-        source = _Source(name, kind, has is None, set(), choked, now)
+        source = _Source(name, kind, has is None, set(), choked, now, round_trip_s)
         self._sources[name] = source
         self.source_has(name, has or ())
 
@@ -433,11 +434,10 @@ class Download:
         if len(askers) != 1 or source.choked or source.stalled:
             return
         asker = askers[0]
-        begun = asker.asked[chunk].received or asker.asked[chunk].verifying
-        if asker.complete and asker.kind == "peer" and not begun:
-            if self._has_room(source, self._lengths[chunk]):
-                self._take_back(asker, chunk)
-                self._intentions.append(Drop(asker.name, chunk))
+        waits = chunk in _not_verifying(asker)[1:]  # behind the one that is being sent
+        if asker.complete and waits and self._has_room(source, self._lengths[chunk]):
+            self._take_back(asker, chunk)
+            self._intentions.append(Drop(asker.name, chunk))
 
     def _is_shared(self) -> bool:
         return any(not source.complete for source in self._sources.values())
@@ -478,6 +478,7 @@ class Download:
         outstanding = sum(self._lengths[chunk] for chunk in source.asked)
         ahead = PIPELINE_ROUND_TRIPS * source.rate.bytes_per_s * source.round_trip_s
         if source.complete and self._is_shared():
+            # What is asked of a seed early, others ask of it too, not knowing of one another.
             owed = outstanding - sum(request.received for request in source.asked.values())
             if owed > max(ahead, length / 4):
                 return False
@@ -579,9 +580,7 @@ class Download:
     def _measure(self, source: _Source, request: _Request, length: int, now: float) -> None:
         source.rate.arrived(length, now)
         if request.alone and request.received == 0:
-            waited_s = now - request.asked_at
-            known_s = source.round_trip_s
-            source.round_trip_s = 0.7 * known_s + 0.3 * waited_s if known_s else waited_s
+            source.round_trip_s = min(source.round_trip_s, now - request.asked_at)
 
     def _part_end(self, source: _Source, chunk: int, offset: int, length: int) -> int:
         end, whole = offset + length, self._lengths[chunk]

@@ -1,0 +1,165 @@
+"""`omx up`, `join` and `pull` with real nodes: whole processes on loopback."""
+
+import json
+import os
+import signal
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.cli.running_omx import Ended, command, environment
+
+pytestmark = pytest.mark.network
+
+OFFLINE = {
+    "OMX_ORIGIN_ENABLED": "0",
+    "OMX_NO_MDNS": "1",
+    "OMX_LISTEN": "/ip4/127.0.0.1/tcp/0",
+    "OMX_API": "127.0.0.1:0",
+    "OMX_CONTENT_RESERVE_BYTES": "0",
+}
+
+
+@pytest.fixture(autouse=True)
+async def deadline():
+    with trio.fail_after(120):
+        yield
+
+
+def node_environment(data_dir: Path, **more: str) -> dict[str, str]:
+    return environment(data_dir, **(OFFLINE | more))
+
+
+async def omx_on(data_dir: Path, *arguments: str, **more: str) -> Ended:
+    done = await trio.run_process(
+        command(*arguments),
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+        env=node_environment(data_dir, **more),
+    )
+    return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@asynccontextmanager
+async def up(data_dir: Path, *arguments: str, **more: str) -> AsyncIterator[tuple]:
+    """A node in a process of its own, and what it announced."""
+    process = await trio.lowlevel.open_process(
+        command(*(arguments or ("up",)), "--json"),
+        stdout=-1,
+        stderr=-1,
+        env=node_environment(data_dir, **more),
+    )
+    try:
+        said = b""
+        while not said.endswith(b"\n"):
+            part = await process.stdout.receive_some()
+            if not part:
+                err = b"".join([part async for part in process.stderr])
+                raise AssertionError(f"it ended with {await process.wait()}: {err.decode()}")
+            said += part
+        yield process, json.loads(said)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+
+
+def gguf(path: Path, weights: int = 500_000) -> Path:
+    """A GGUF file with one tensor of random weights."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    metadata = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    tensor = text("blk.0.w") + struct.pack("<IQIQ", 1, weights, 0, 0)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + metadata + tensor
+    path.write_bytes(head + bytes(-len(head) % 32) + os.urandom(4 * weights))
+    return path
+
+
+async def test_a_model_imported_on_one_node_is_pulled_on_another(tmp_path):
+    seed, other = tmp_path / "seed" / "d", tmp_path / "other" / "d"
+    file = gguf(tmp_path / "tiny.gguf")
+    async with up(seed) as (_, announced):
+        ticket = announced["invitation"]["ticket"]
+        assert announced["status"]["open_swarm"] is False
+        assert (await omx_on(seed, "import", str(file), "tiny")).code == 0
+        async with up(other, "join", ticket) as (_, joined):
+            assert joined["status"]["swarm_id"] == announced["status"]["swarm_id"]
+            pulled = await omx_on(other, "pull", "tiny", "--json")
+            assert pulled.code == 0, pulled.err
+            report = json.loads(pulled.out.splitlines()[-1])["report"]
+            assert report["bytes_fetched"] == report["bytes_total"] > file.stat().st_size
+            assert [s["name"] for s in report["sources"]] == [announced["status"]["peer_id"]]
+            listed = json.loads((await omx_on(other, "list", "--json")).out)["models"]
+            assert [model["name"] for model in listed] == ["tiny:latest"]
+        # The ticket was good for one: a third node is told so.
+        ended = await omx_on(tmp_path / "third" / "d", "join", ticket)
+        assert ended.code == 2
+        assert "has been used 1 of 1 times" in ended.err
+        assert ended.err.count("\n") == 1
+
+
+async def test_without_a_node_commands_open_one_for_themselves(tmp_path):
+    data_dir = tmp_path / "d"
+    file = gguf(tmp_path / "tiny.gguf", weights=10)
+    assert (await omx_on(data_dir, "import", str(file), "tiny")).code == 0
+    assert (await omx_on(data_dir, "cp", "tiny", "other")).code == 0
+    listed = json.loads((await omx_on(data_dir, "list", "--json")).out)["models"]
+    assert {model["name"] for model in listed} == {"tiny:latest", "other:latest"}
+    ended = await omx_on(data_dir, "show", "none")
+    assert (ended.code, ended.err) == (3, "Error: model 'none:latest' not found\n")
+
+
+async def test_a_pull_that_nobody_can_serve_ends_with_a_network_error(tmp_path):
+    ended = await omx_on(tmp_path / "d", "pull", "none", OMX_TRANSFER_GIVE_UP_AFTER_S="1")
+    assert ended.code in (3, 5)
+    assert ended.err.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+)
+async def test_a_signal_stops_a_node_cleanly(tmp_path, number, code):
+    async with up(tmp_path / "d") as (process, _):
+        assert (tmp_path / "d" / "node.json").exists()
+        process.send_signal(number)
+        assert await process.wait() == code
+        assert b"".join([part async for part in process.stderr]) == "stopping …\n".encode()
+    assert not (tmp_path / "d" / "node.json").exists()
+
+
+async def test_stop_returns_when_the_node_is_gone(tmp_path):
+    async with up(tmp_path / "d") as (process, _):
+        assert (await omx_on(tmp_path / "d", "stop")).out == "stopped\n"
+        with trio.fail_after(5):
+            assert await process.wait() == 0
+    assert (await omx_on(tmp_path / "d", "stop")).code == 4
+
+
+async def test_a_taken_data_folder_and_a_taken_port_are_named(tmp_path):
+    async with up(tmp_path / "d") as (_, announced):
+        ended = await omx_on(tmp_path / "d", "up")
+        assert ended.code == 4
+        assert "a node already runs on" in ended.err
+        api = announced["status"]["api_address"]
+        ended = await omx_on(tmp_path / "e", "up", OMX_API=api)
+        assert ended.code == 4
+        assert f"{api} is already in use" in ended.err
+        assert "--api" in ended.err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = await omx_on(tmp_path / "e", "up", OMX_LISTEN=f"/ip4/127.0.0.1/tcp/{port}")
+    assert ended.code == 4
+    assert "--listen" in ended.err
+    assert ended.err.count("\n") == 1
