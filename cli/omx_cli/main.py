@@ -91,7 +91,9 @@ def _failed(error: BaseException, as_json: bool) -> int:
 
         sys.stderr.write(json.dumps({"error": text, "code": code}, ensure_ascii=False) + "\n")
     else:
-        sys.stderr.write(f"Error: {text}\n")
+        from omx_cli.output import tell
+
+        tell(f"Error: {text}")
     return status
 
 

@@ -9,9 +9,17 @@ COLUMN_GAP = 4
 """Ollama's, so that scripts made for its lists work on ours."""
 
 
+_CONTROL = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey: names, notes and licenses come from strangers."""
+    return text.translate(_CONTROL)
+
+
 def say(text: str = "") -> None:
-    """One line on stdout."""
-    sys.stdout.write(text + "\n")
+    """Lines on stdout."""
+    sys.stdout.write(printable(text) + "\n")
 
 
 def say_json(value: Any) -> None:
@@ -23,8 +31,8 @@ def say_json(value: Any) -> None:
 
 
 def tell(text: str) -> None:
-    """One line on stderr."""
-    sys.stderr.write(text + "\n")
+    """Lines on stderr."""
+    sys.stderr.write(printable(text) + "\n")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from omx_cli.output import duration, human_bytes, say_json, short_digest, short_peer, tell
+from omx_cli.output import (
+    duration,
+    human_bytes,
+    printable,
+    say_json,
+    short_digest,
+    short_peer,
+    tell,
+)
 
 if TYPE_CHECKING:
     from ollamamax_p2p import PullProgress, PullReport, SourceShare
@@ -182,7 +190,7 @@ class TerminalView:
         """A new state. Drawn by `keep_fresh`, so that a fast pull costs no more than a slow one."""
         self._sources = progress.sources or self._sources
         if progress.note:
-            self._live.console.print(progress.note, markup=False, highlight=False)
+            self._live.console.print(printable(progress.note), markup=False, highlight=False)
         is_blob = progress.digest is not None and progress.status.startswith("pulling ")
         self._status = "" if is_blob else progress.status
         if progress.digest is None:
@@ -201,12 +209,10 @@ class TerminalView:
 
     def draw(self) -> None:
         """Draw what is known."""
-        from rich.text import Text
-
         console = self._live.console
         lines = self.lines(console.width)
         room = max(console.height - 1, 3)  # what scrolls away cannot be redrawn
-        self._live.update(Text("\n".join(lines[-room:]), no_wrap=True), refresh=True)
+        self._live.update(_text(printable("\n".join(lines[-room:]))), refresh=True)
 
     def lines(self, columns: int) -> list[str]:
         """Everything that is on the screen, top to bottom."""
@@ -218,6 +224,12 @@ class TerminalView:
             frame = "" if self._status == "success" else _SPINNER[int(now * 10) % len(_SPINNER)]
             lines.append(f"{self._status} {frame}".rstrip())
         return lines
+
+
+def _text(lines: str) -> Any:
+    from rich.text import Text
+
+    return Text(lines, no_wrap=True, overflow="crop")
 
 
 @asynccontextmanager

@@ -26,14 +26,36 @@ def load(flags: Mapping[str, Any], config_file: str | None) -> "NodeConfig":
     return load_config(flags=flags, file=Path(config_file) if config_file else None)
 
 
+ANSWER_TIMEOUT_S = 30.0
+"""A node that is alive answers what it is and holds within milliseconds."""
+
+
 def with_node(
-    flags: Mapping[str, Any], config_file: str | None, ask: Callable[["LocalClient"], Awaitable[T]]
+    flags: Mapping[str, Any],
+    config_file: str | None,
+    ask: Callable[["LocalClient"], Awaitable[T]],
+    *,
+    timeout_s: float = ANSWER_TIMEOUT_S,
 ) -> T:
-    """Ask the running node something. Raises NodeNotRunning if there is none."""
+    """Ask the running node something. Raises NodeNotRunning if there is none, DeadlineExceeded if
+    it does not answer.
+    """
     from ollamamax_p2p import LocalClient
 
     client = LocalClient.find(load(flags, config_file).data_dir)
-    return run(lambda: ask(client))
+    return run(lambda: _in_time(lambda: ask(client), timeout_s))
+
+
+async def _in_time(work: Callable[[], Awaitable[T]], timeout_s: float) -> T:
+    import trio
+
+    from ollamamax_p2p.errors import DeadlineExceeded
+
+    try:
+        with trio.fail_after(timeout_s):
+            return await work()
+    except trio.TooSlowError:
+        raise DeadlineExceeded("asking the node (is it frozen?)", timeout_s) from None
 
 
 def with_any_node(
@@ -75,7 +97,7 @@ async def running_node(config: "NodeConfig") -> "LocalClient | None":
 
     try:
         client = LocalClient.find(config.data_dir)
-        await client.status()
+        await _in_time(client.status, ANSWER_TIMEOUT_S)
     except NodeNotRunning:
         return None
     return client

@@ -1,5 +1,6 @@
 """omx up | invite | join | leave | peers | status | events | stop | version."""
 
+import math
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,6 +98,10 @@ def join(
 
 
 def _run_node(config: "NodeConfig", to: tuple[str, ...], as_json: bool) -> None:
+    import logging
+
+    # What goes wrong with peers is logged by their names; a node that runs for days wants times.
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     # Imported before Ctrl-C is taken over: this takes two seconds, and it should end them too.
     from ollamamax_p2p import open_node
     from omx_cli.running import Interrupted, run_until_asked
@@ -115,7 +120,7 @@ def _run_node(config: "NodeConfig", to: tuple[str, ...], as_json: bool) -> None:
 
 async def _announce(node: "Node", as_json: bool) -> None:
     status = await node.status()
-    invitation = None if status.open_swarm else await node.invite(uses=1, expires_s=86_400)
+    invitation = None if status.open_swarm else await _first_ticket(node)
     if as_json:
         say_json({"status": status, "invitation": invitation})
         return
@@ -124,7 +129,20 @@ async def _announce(node: "Node", as_json: bool) -> None:
     sys.stdout.flush()
 
 
+async def _first_ticket(node: "Node") -> "Invitation | None":
+    """A ticket to show at the start. A node that cannot issue one runs all the same."""
+    from ollamamax_p2p import OmxError
+
+    try:
+        return await node.invite(uses=1, expires_s=86_400)
+    except OmxError as error:
+        tell(f"no ticket: {error}")
+        return None
+
+
 def _way_in(status: "NodeStatus", invitation: "Invitation | None") -> list[tuple[str, str]]:
+    if invitation is None and not status.open_swarm:
+        return []
     if invitation is None:
         reachable = status.addresses[-1] if status.addresses else "(no address)"
         return [("join", f"omx join {reachable}")]
@@ -256,7 +274,7 @@ def events(
             async for event in happening:
                 _say_event(event, as_json)
 
-    with_node(node_flags(data_dir=data_dir), config, ask)
+    with_node(node_flags(data_dir=data_dir), config, ask, timeout_s=math.inf)
 
 
 def _say_event(event: "Event", as_json: bool) -> None:

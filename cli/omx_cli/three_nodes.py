@@ -85,7 +85,7 @@ async def run_demo(model: Path, *, as_json: bool, console: Console) -> int:
         finally:
             with trio.CancelScope(shield=True):
                 for node in nodes:
-                    await _end(node)
+                    await end(node)
         verified = [count_verified(node.models) for node in nodes]
     if len(set(verified)) != 1 or not verified[0]:
         raise DemoFailed(f"the stores do not hold the same verified blobs: {verified}")
@@ -104,13 +104,13 @@ async def _story(
     alice, bob, carol = nodes
     size = (await trio.Path(gguf).stat()).st_size
     say(f"The model: {gguf.name}, {size / 1e6:.0f} MB, imported as {MODEL_NAME} on alice.")
-    await _start(alice, "up")
+    await start(alice, "up")
     await alice.client.import_model(gguf, MODEL_NAME)
     ticket = (await alice.client.invite(uses=2, expires_s=600)).ticket
     say("bob and carol join with alice's ticket, as processes of their own.")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_start, bob, "join", ticket)
-        nursery.start_soon(_start, carol, "join", ticket)
+        nursery.start_soon(start, bob, "join", ticket)
+        nursery.start_soon(start, carol, "join", ticket)
     say("Both pull at once. carol is killed halfway (SIGKILL), starts again and resumes.")
     with _bars(console, live) as bars:
         async with trio.open_nursery() as nursery:
@@ -118,7 +118,7 @@ async def _story(
             nursery.start_soon(_pull_killed_halfway, carol, bars, say)
 
 
-async def _start(node: DemoNode, *command: str) -> None:
+async def start(node: DemoNode, *command: str) -> None:
     """Start `omx up` or `omx join …` and wait until it says where it is."""
     await trio.Path(node.folder).mkdir(exist_ok=True)
     arguments = [
@@ -177,13 +177,13 @@ async def _pull_killed_halfway(
     if not node.fetched_before_kill:
         raise DemoFailed(f"{node.name} finished before it could be killed")
     if not node.reports:
-        await _end(node)
+        await end(node)
         say(f"carol was killed with {node.fetched_before_kill / 1e6:.0f} MB there.")
-        await _start(node, "up")
+        await start(node, "up")
         await _pull(node, show)
 
 
-async def _end(node: DemoNode) -> None:
+async def end(node: DemoNode) -> None:
     """End the process, kindly if it lets us, and wait for it."""
     if node.process is None:
         return

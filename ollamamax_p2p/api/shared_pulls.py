@@ -79,11 +79,6 @@ class SharedPulls:
         self._nursery = nursery
         self._running: dict[str, _Pull] = {}
 
-    @property
-    def models(self) -> tuple[str, ...]:
-        """Which are running."""
-        return tuple(self._running)
-
     @asynccontextmanager
     async def watch(self, body: PullBody) -> AsyncIterator[Watcher]:
         """Begin a pull or join the one that runs; the block's end gives it up. Raises BadName."""

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     )
     from ollamamax_p2p.host.libp2p_host import Libp2pHost, open_libp2p_host
     from ollamamax_p2p.host.requests import Requests, open_requests
+    from ollamamax_p2p.host.simulated_links import LinkConditions
     from ollamamax_p2p.host.simulated_network import (
-        LinkConditions,
         Partition,
         SimulatedHost,
         SimulatedNetwork,
@@ -66,7 +66,7 @@ _HOME = {
     "open_connections": "connections",
     "Requests": "requests",
     "open_requests": "requests",
-    "LinkConditions": "simulated_network",
+    "LinkConditions": "simulated_links",
     "Partition": "simulated_network",
     "SimulatedHost": "simulated_network",
     "SimulatedNetwork": "simulated_network",

@@ -15,7 +15,7 @@ docs/py-libp2p.md, with the version; each place here that exists for such a reas
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
@@ -60,6 +60,7 @@ from ollamamax_p2p.host.libp2p_streams import Libp2pStream
 from ollamamax_p2p.host.libp2p_swarm_key import check_swarm_keys
 from ollamamax_p2p.host.listen_addresses import check_listen, per_interface
 from ollamamax_p2p.host.peer_host import Connection, PeerEvent, StreamHandler
+from ollamamax_p2p.host.reachability import Reachability, open_reachability
 from ollamamax_p2p.host.settings import HostSettings
 from ollamamax_p2p.identity import Address, PeerId, parse_address, parse_peer_id, parse_transport
 
@@ -146,10 +147,25 @@ async def _run(
     with trio.CancelScope(shield=True) as scope:
         async with host.libp2p.run(listen):
             _check_listening(host.libp2p, listen)
-            task_status.started()
-            await closing.wait()
-            scope.deadline = trio.current_time() + CLOSE_TIMEOUT_S
-            await host.go_offline()
+            async with _relays(host):
+                task_status.started()
+                await closing.wait()
+                scope.deadline = trio.current_time() + CLOSE_TIMEOUT_S
+                await host.go_offline()
+
+
+@asynccontextmanager
+async def _relays(host: "Libp2pHost") -> AsyncIterator[None]:
+    """Reach and be reached through relays, if the settings say so."""
+    settings = host.settings
+    if not (settings.relay or settings.relay_for_others):
+        yield
+        return
+    async with open_reachability(
+        host.libp2p, host.is_member, relay_for_others=settings.relay_for_others
+    ) as reachability:
+        host.reachability = reachability
+        yield
 
 
 class Libp2pHost:
@@ -173,7 +189,7 @@ class Libp2pHost:
         self.peer_id = parse_peer_id(libp2p.get_id().to_base58())
         self._basic = libp2p
         self._swarm = libp2p.get_network()
-        self._settings = settings
+        self.settings = settings
         self._nursery = nursery
         self._announce = announce
         self._admit_all = admit_all
@@ -184,8 +200,7 @@ class Libp2pHost:
         self._handshakes: Counter[str] = Counter()
         self._dialling: dict[PeerId, trio.Lock] = {}
         self._watchers: list[_Watcher] = []
-        self.extra_addresses: Callable[[], Sequence[Address]] = tuple
-        """Observed and relayed addresses, from `reachability`."""
+        self.reachability: Reachability | None = None
         self._take_over()
 
     def __repr__(self) -> str:
@@ -200,7 +215,8 @@ class Libp2pHost:
             return tuple(parse_address(f"{text}/p2p/{self.peer_id}") for text in self._announce)
         found = per_interface(str(each) for each in self._basic.get_transport_addrs())
         listening = [parse_address(f"{text}/p2p/{self.peer_id}") for text in found]
-        return tuple(dict.fromkeys([*listening, *self.extra_addresses()]))
+        relayed = self.reachability.addresses if self.reachability else ()
+        return tuple(dict.fromkeys([*listening, *relayed]))
 
     # -- connections
 
@@ -244,17 +260,22 @@ class Libp2pHost:
         others: trio.CancelScope,
     ) -> None:
         try:
-            with trio.fail_after(self._settings.dial_timeout_s):
+            with trio.fail_after(self.settings.dial_timeout_s):
                 await self._dial_one(address)
             others.cancel()
         except trio.TooSlowError:
-            seconds = self._settings.dial_timeout_s
+            seconds = self.settings.dial_timeout_s
             problems.append(f"{address.transport} did not answer within {seconds:g} s")
         except (BaseLibp2pError, OSError, ValueError) as error:
             problems.append(f"{address.transport}: {_reason(error)}")
         failed.set()
 
     async def _dial_one(self, address: Address) -> None:
+        if "/p2p-circuit" in address.transport:
+            if self.reachability is None:
+                raise OSError("relays are turned off here (relay = false)")
+            await self.reachability.dial(address)
+            return
         # dial_addr, not dial_peer: that one remembers a failed peer for a minute and skips loopback
         # addresses beside public ones.
         await self._swarm.dial_addr(Multiaddr(str(address)), ID.from_base58(address.peer))
@@ -303,7 +324,7 @@ class Libp2pHost:
         if connection is None:
             raise PeerGone(peer, "it is not connected")
         try:
-            with trio.fail_after(self._settings.dial_timeout_s):
+            with trio.fail_after(self.settings.dial_timeout_s):
                 net_stream = await connection.new_stream()
                 await self._ask_for(net_stream, protocol)
         except trio.TooSlowError:
@@ -382,6 +403,14 @@ class Libp2pHost:
         """See `PeerHost`."""
         return self._admit_all or peer in self._admitted
 
+    def is_member(self, libp2p_id: ID) -> bool:
+        """`is_admitted` for py-libp2p's ids, of peers that are connected."""
+        try:
+            peer = _peer_of(libp2p_id)
+        except BadPeerId:
+            return False
+        return peer in self._connected and self.is_admitted(peer)
+
     async def _door(self, net_stream: NetStream) -> None:
         """Every stream that a peer opens comes through here."""
         # Whatever is raised here would end py-libp2p's service and with it the program: a protocol
@@ -409,7 +438,7 @@ class Libp2pHost:
         protocols = self._basic.multiselect if admitted else self._stranger_protocols
         try:
             protocol, handler = await protocols.negotiate(
-                MultiselectCommunicator(net_stream), int(self._settings.dial_timeout_s) or 1
+                MultiselectCommunicator(net_stream), int(self.settings.dial_timeout_s) or 1
             )
         except MultiselectError:
             protocol = handler = None

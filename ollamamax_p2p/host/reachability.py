@@ -1,6 +1,6 @@
-"""Being reached from outside: circuit relays, hole punching, and what others say about our address.
+"""Being reached from outside: circuit relays and hole punching.
 
-All of it is py-libp2p's (circuit relay v2, DCUtR, AutoNAT), and all of it among members only: the
+All of it is py-libp2p's (circuit relay v2 and DCUtR), and all of it among members only: the
 protocols are behind the host's door, and we ask nobody whom we have not admitted. So a relay must be
 a fellow member, and a node that can be reached through a relay only cannot be joined to: whoever
 joins must reach one member directly. What works and what does not is in docs/py-libp2p.md, "Relay".
@@ -10,7 +10,7 @@ it from end to end, and the relay sees neither protocol nor data.
 """
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,7 +18,6 @@ import trio
 from libp2p.abc import IHost
 from libp2p.connection_types import ConnectionType
 from libp2p.exceptions import BaseLibp2pError
-from libp2p.host.autonat.autonat import AUTONAT_PROTOCOL_ID, AutoNATService, AutoNATStatus
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.config import RelayConfig, RelayRole
 from libp2p.relay.circuit_v2.dcutr import DCUtRProtocol
@@ -30,7 +29,7 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from ollamamax_p2p.errors import BadInput
-from ollamamax_p2p.identity import ADDRESS_CHARS_MAX, Address, PeerId, parse_address
+from ollamamax_p2p.identity import Address, parse_address
 
 RELAYS_MAX = 2
 """Held at once: one that goes away leaves one."""
@@ -43,7 +42,8 @@ RESERVATION_S = 1_800.0
 
 CIRCUIT_LIMITS = RelayLimits(
     duration=0,  # no end: py-libp2p looks at it only when data passes
-    data=0,  # no limit: a relay carries members' models if it must
+    data=1 << 60,  # no limit: it carries members' models if it must. Its own 0 is no limit in one
+    # place and nothing at all in another.
     max_circuit_conns=16,
     max_reservations=128,
 )
@@ -55,12 +55,14 @@ _log = logging.getLogger(__name__)
 class Reachability:
     """Relays that this node uses, or is. Made by `open_reachability`."""
 
-    def __init__(self, libp2p: IHost, protocol: CircuitV2Protocol) -> None:
+    def __init__(
+        self, libp2p: IHost, protocol: CircuitV2Protocol, may_use: Callable[[ID], bool]
+    ) -> None:
         """libp2p: the running host; protocol: its circuit service, already running."""
         self._libp2p: Any = libp2p
         # STOP only: as a CLIENT it would make a reservation for itself before each dial.
         self._transport = CircuitV2Transport(libp2p, protocol, RelayConfig(roles=RelayRole.STOP))
-        self._autonat = AutoNATService(libp2p)
+        self._may_use = may_use
         self._reserved: dict[ID, float] = {}
 
     @property
@@ -75,14 +77,6 @@ class Reachability:
         ]
         return tuple(found[: 2 * RELAYS_MAX])
 
-    @property
-    def is_public(self) -> bool | None:
-        """Whether members could dial us back, by AutoNAT; None while nobody could say."""
-        status = self._autonat.get_status()
-        if status == AutoNATStatus.UNKNOWN:
-            return None
-        return bool(status == AutoNATStatus.PUBLIC)
-
     async def dial(self, address: Address) -> None:
         """Connect through a relay that we are connected with. Raises OSError or libp2p's errors."""
         connection = await self._transport.dial(Multiaddr(str(address)))
@@ -90,19 +84,18 @@ class Reachability:
         circuit = Multiaddr(address.transport)
         connection.set_transport_info([circuit], ConnectionType.RELAYED)  # type: ignore[attr-defined]  # SwarmConn
 
-    async def keep_relays(self, may_use: "MayUse") -> None:
+    async def keep_relays(self) -> None:
         """Keep a place with a few members that relay for others, for as long as this runs."""
         while True:
             now = trio.current_time()
             self._reserved = {
-                relay: since for relay, since in self._reserved.items() if may_use(relay)
+                relay: since for relay, since in self._reserved.items() if self._may_use(relay)
             }
             for peer in self._libp2p.get_connected_peers():
                 due = now - self._reserved.get(peer, -RESERVATION_S) >= RESERVATION_S
                 room = peer in self._reserved or len(self._reserved) < RELAYS_MAX
-                if due and room and may_use(peer) and self._offers(peer, HOP):
+                if due and room and self._may_use(peer) and self._offers(peer, HOP):
                     await self._reserve(peer)
-            await self._ask_reachability(may_use)
             await trio.sleep(RESERVE_INTERVAL_S)
 
     async def _reserve(self, relay: ID) -> None:
@@ -119,18 +112,6 @@ class Reachability:
         else:
             self._reserved.pop(relay, None)
 
-    async def _ask_reachability(self, may_use: "MayUse") -> None:
-        servers = [
-            peer
-            for peer in self._libp2p.get_connected_peers()
-            if may_use(peer) and self._offers(peer, AUTONAT_PROTOCOL_ID)
-        ]
-        try:
-            with trio.move_on_after(10):
-                await self._autonat.check_reachability(servers[:3])
-        except Exception as error:  # noqa: BLE001 - it parses what peers sent
-            _log.debug("AutoNAT failed: %r", error)
-
     def _offers(self, peer: ID, protocol: str) -> bool:
         try:
             return bool(self._libp2p.get_peerstore().supports_protocols(peer, [protocol]))
@@ -144,18 +125,28 @@ class Reachability:
             return ()
 
 
-class MayUse:
-    """Whether a peer is a member that is connected."""
+@asynccontextmanager
+async def open_reachability(
+    libp2p: IHost, may_use: Callable[[ID], bool], *, relay_for_others: bool
+) -> AsyncIterator[Reachability]:
+    """Answer and make circuits for as long as the block is open.
 
-    def __call__(self, peer: ID) -> bool:
-        """peer: py-libp2p's id."""
-        raise NotImplementedError
+    may_use: whether a peer is a member; relay_for_others: also carry theirs.
+    """
+    protocol = CircuitV2Protocol(libp2p, CIRCUIT_LIMITS, allow_hop=relay_for_others)
+    async with background_trio_service(protocol), background_trio_service(DCUtRProtocol(libp2p)):
+        await protocol.event_started.wait()
+        reachability = Reachability(libp2p, protocol, may_use)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reachability.keep_relays)
+            yield reachability
+            nursery.cancel_scope.cancel()
 
 
 def _circuit(text: str, relay: ID, me: str) -> Address | None:
     transport = text.partition("/p2p/")[0]
     whole = f"{transport}/p2p/{relay.to_base58()}/p2p-circuit/p2p/{me}"
-    if "p2p-circuit" in transport or len(whole) > ADDRESS_CHARS_MAX:
+    if "p2p-circuit" in transport:
         return None
     try:
         return parse_address(whole)

@@ -12,12 +12,11 @@ What happens to a host or a link:
     partition  nothing crosses until `heal`, and then what was under way arrives, as with TCP
     drop       one connection is reset
 
-All of it happens in one task's order of events (`_Timeline`), so that only the order in which trio
+All of it happens in one task's order of events (`Timeline`), so that only the order in which trio
 runs ready tasks could differ between two runs; `ollamamax_p2p.testing.determinism` settles that.
 """
 
 import hashlib
-import heapq
 import logging
 import math
 import random
@@ -31,13 +30,17 @@ import trio
 
 from ollamamax_p2p.errors import NotAdmitted, OmxError, PeerGone, PeerUnreachable
 from ollamamax_p2p.host.peer_host import Connection, PeerEvent, StreamHandler
+from ollamamax_p2p.host.simulated_links import (
+    LOCAL_NETWORK,
+    FairQueue,
+    Link,
+    LinkConditions,
+    Pipe,
+    Segment,
+    Timeline,
+    pipes,
+)
 from ollamamax_p2p.identity import Address, PeerId, parse_address, peer_id_of
-
-KiB = 1024
-MiB = 1024 * KiB
-
-SEGMENT_BYTES = 64 * KiB
-"""What is queued and charged at once: the grain of fairness, and of a simulation's cost."""
 
 WATCH_EVENTS_MAX = 1_024
 """As `PeerHost.watch` promises."""
@@ -45,33 +48,10 @@ WATCH_EVENTS_MAX = 1_024
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkConditions:
-    """What the way between two hosts is like, each direction for itself."""
-
-    latency_s: float = 0.000_5
-    """One way; half a millisecond is a local network's."""
-
-    jitter_s: float = 0.000_2
-    """Up to this much is added, drawn anew each time; the order of what is sent stays."""
-
-    bandwidth_bytes_s: float = math.inf
-    """Of this link alone; a host's own upload and download come before and after it."""
-
-    window_bytes: int = 256 * KiB
-    """What a stream carries unread: yamux's window in py-libp2p 0.8.1."""
-
-    connection_life_s_mean: float = math.inf
-    """Connections are reset by themselves after a time drawn from an exponential distribution."""
-
-    dial_timeout_s: float = 10.0
-    """A dial, or the opening of a stream, that is not answered ends after this long."""
-
-
 class SimulatedStream:
     """One side of a stream; see `ByteStream`."""
 
-    def __init__(self, end: "_End", protocol: str, outgoing: "_Pipe", incoming: "_Pipe") -> None:
+    def __init__(self, end: "_End", protocol: str, outgoing: Pipe, incoming: Pipe) -> None:
         self.peer = end.peer
         self.protocol = protocol
         self._end = end
@@ -81,7 +61,7 @@ class SimulatedStream:
         self._problem = ""  # why nothing works any more; empty while it does
         self._sending = trio.Lock()
         end.streams[self] = None
-        incoming.reader = outgoing.writer = self
+        incoming.reader = self
 
     async def send_all(self, data: bytes) -> None:
         """See `ByteStream`."""
@@ -194,8 +174,8 @@ class SimulatedHost:
         self.bytes_sent = 0
         """Of all streams, since it was added."""
         self.bytes_received = 0
-        self.upload = _FairQueue(network.timeline, math.inf, self._depart)
-        self.download = _FairQueue(network.timeline, math.inf, self._arrive)
+        self.upload = FairQueue(network.timeline, math.inf, self._depart)
+        self.download = FairQueue(network.timeline, math.inf, self._arrive)
         self._network = network
         self._ends: dict[PeerId, list[_End]] = {}
         self._admitted: set[PeerId] = set()
@@ -346,11 +326,11 @@ class SimulatedHost:
         for watcher in self._watchers:
             watcher.offer(event)
 
-    def _depart(self, segment: "_Segment") -> None:
+    def _depart(self, segment: Segment) -> None:
         self.bytes_sent += segment.size
         segment.pipe.link.queue.push(segment)
 
-    def _arrive(self, segment: "_Segment") -> None:
+    def _arrive(self, segment: Segment) -> None:
         self.bytes_received += segment.size
         segment.arrive()
 
@@ -366,14 +346,14 @@ class SimulatedNetwork:
         conditions: LinkConditions,
         trace: Callable[[str], None] | None,
     ) -> None:
-        self.timeline = _Timeline()
+        self.timeline = Timeline()
         self.rng = rng
         self.conditions = conditions
         self._nursery = nursery
         self._trace = trace
         self._hosts: dict[PeerId, SimulatedHost] = {}
         self._by_transport: dict[str, SimulatedHost] = {}
-        self._links: dict[tuple[SimulatedHost, SimulatedHost], _Link] = {}
+        self._links: dict[tuple[SimulatedHost, SimulatedHost], Link] = {}
         self._partitions: list[Partition] = []
         self._dials = 0
 
@@ -530,7 +510,7 @@ class SimulatedNetwork:
             return "the handshake failed: it is not of our swarm"
         return await self._establish(source, target, back)
 
-    async def _establish(self, source: SimulatedHost, target: SimulatedHost, back: "_Link") -> str:
+    async def _establish(self, source: SimulatedHost, target: SimulatedHost, back: Link) -> str:
         """The answering side has its connection first; the dialling one when it hears of it."""
         self._dials += 1
         outbound = _End(self, source, target, target.addresses[0].transport, inbound=False)
@@ -560,7 +540,7 @@ class SimulatedNetwork:
     async def open_stream(self, end: "_End", protocol: str) -> SimulatedStream:
         """Ask the other side for the protocol. Raises PeerGone, NotAdmitted."""
         there, back = self.link(end.host, end.remote), self.link(end.remote, end.host)
-        stream = SimulatedStream(end, protocol, _Pipe(there), _Pipe(back))
+        stream = SimulatedStream(end, protocol, *pipes(there, back))
         answer = _Answer()
         there.carry(partial(end.remote.deliver, partial(self._answer, stream, end, answer)))
         end.opening[answer] = None
@@ -603,12 +583,19 @@ class SimulatedNetwork:
         finally:
             stream.close_now()
 
-    def link(self, source: SimulatedHost, target: SimulatedHost) -> "_Link":
+    def link(self, source: SimulatedHost, target: SimulatedHost) -> Link:
         """The way from one to the other."""
         try:
             return self._links[source, target]
         except KeyError:
-            link = self._links[source, target] = _Link(self, source, target)
+            link = self._links[source, target] = Link(
+                source,
+                target,
+                self.conditions,
+                timeline=self.timeline,
+                rng=self.rng,
+                is_cut=partial(self.is_cut, source, target),
+            )
             return link
 
 
@@ -616,7 +603,7 @@ class SimulatedNetwork:
 async def open_simulated_network(
     *,
     rng: random.Random,
-    conditions: LinkConditions = LinkConditions(),
+    conditions: LinkConditions = LOCAL_NETWORK,
     trace: Callable[[str], None] | None = None,
 ) -> AsyncIterator[SimulatedNetwork]:
     """A network for as long as the block is open; its end ends every handler.
@@ -744,232 +731,6 @@ class _Watcher:
                 raise PeerGone(self._peer_id, "the reader of its events fell behind")
             await self._readers.park()
         return self._waiting.popleft()
-
-
-# -- bytes -------------------------------------------------------------------------------------
-
-
-class _Pipe:
-    """One direction of one stream: what is between its writer and its reader."""
-
-    __slots__ = (
-        "_room", "_unreported", "arrived", "dead", "ended", "link", "reader", "readers", "refused",
-        "window", "writer", "writers",
-    )  # fmt: skip
-
-    def __init__(self, link: "_Link") -> None:
-        self.link = link
-        self.writer: SimulatedStream | None = None
-        self.reader: SimulatedStream | None = None
-        self.window = link.conditions.window_bytes
-        self.arrived: list[bytes | memoryview] = []
-        self.ended = False
-        """The writer will send nothing more, and the reader knows."""
-        self.refused = False
-        """The reader has closed the stream, and the writer knows."""
-        self.dead = False
-        """What arrives now is nobody's."""
-        self.readers = trio.lowlevel.ParkingLot()
-        self.writers = trio.lowlevel.ParkingLot()
-        self._room = self.window
-        self._unreported = 0
-
-    def take(self, data: memoryview) -> int:
-        """Send as much as the window has room for; gives how many bytes that was."""
-        taken = min(len(data), self._room)
-        self._room -= taken
-        for start in range(0, taken, SEGMENT_BYTES):
-            part = data[start : min(start + SEGMENT_BYTES, taken)]
-            self.link.source.upload.push(_Segment(self, part))
-        return taken
-
-    def push_mark(self, action: Callable[[], None]) -> None:
-        """Have something happen at the reader when all that was sent before has arrived."""
-        self.link.source.upload.push(_Segment(self, b"", action))
-
-    def read(self) -> bytes:
-        """All that has arrived; makes room for the writer, which it hears of later."""
-        data = b"".join(self.arrived)
-        self.arrived.clear()
-        self._unreported += len(data)
-        # Half a window at a time, as yamux reports it: fewer messages, and the writer never stops
-        # while the reader keeps up.
-        if self._unreported >= self.window // 2:
-            back = self.link.network.link(self.link.target, self.link.source)
-            back.carry(partial(self._make_room, self._unreported))
-            self._unreported = 0
-        return data
-
-    def _make_room(self, size: int) -> None:
-        self._room += size
-        self.writers.unpark_all()
-
-    def end(self) -> None:
-        """The writer has said that it is done."""
-        self.ended = True
-        self.readers.unpark_all()
-
-    def end_both(self) -> None:
-        """The writer has closed its side of the stream altogether: it reads nothing either."""
-        self.end()
-        if self.reader is not None:
-            self.reader._outgoing.refused = True
-            self.reader._outgoing.writers.unpark_all()
-
-
-class _Segment:
-    """Bytes on their way; or, with an action, a mark between them."""
-
-    __slots__ = ("_action", "_data", "pipe", "size")
-
-    def __init__(
-        self, pipe: _Pipe, data: bytes | memoryview, action: Callable[[], None] | None = None
-    ) -> None:
-        self.pipe = pipe
-        self.size = len(data)
-        self._data = data
-        self._action = action
-
-    def arrive(self) -> None:
-        """It is at the reader."""
-        if self.pipe.dead:
-            return
-        if self._action is not None:
-            self._action()
-        else:
-            self.pipe.arrived.append(self._data)
-            self.pipe.readers.unpark_all()
-
-
-class _FairQueue:
-    """A rate that streams share: each that waits sends one segment in turn."""
-
-    __slots__ = ("_busy", "_forward", "_timeline", "_waiting", "rate")
-
-    def __init__(
-        self, timeline: "_Timeline", rate: float, forward: Callable[[_Segment], None]
-    ) -> None:
-        self.rate = rate
-        self._timeline = timeline
-        self._forward = forward
-        self._waiting: dict[_Pipe, deque[_Segment]] = {}  # the first is the next in turn
-        self._busy = False
-
-    def push(self, segment: _Segment) -> None:
-        """Take a segment in; it leaves when its time has been spent on it."""
-        if not self._busy and (self.rate == math.inf or not segment.size):
-            self._forward(segment)
-            return
-        queue = self._waiting.get(segment.pipe)
-        if queue is None:
-            queue = self._waiting[segment.pipe] = deque()
-        queue.append(segment)
-        if not self._busy:
-            self._start()
-
-    def _start(self) -> None:
-        pipe = next(iter(self._waiting))
-        queue = self._waiting.pop(pipe)
-        segment = queue.popleft()
-        if queue:
-            self._waiting[pipe] = queue
-        self._busy = True
-        spent_s = 0.0 if segment.pipe.dead else segment.size / self.rate
-        self._timeline.at(self._timeline.now() + spent_s, self._finish, segment)
-
-    def _finish(self, segment: _Segment) -> None:
-        self._busy = False
-        if self._waiting:
-            self._start()
-        if not segment.pipe.dead:
-            self._forward(segment)
-
-
-class _Link:
-    """The way from one host to another. What it carries arrives in the order it was sent."""
-
-    def __init__(
-        self, network: SimulatedNetwork, source: SimulatedHost, target: SimulatedHost
-    ) -> None:
-        self.network = network
-        self.source = source
-        self.target = target
-        self.conditions = network.conditions
-        self.queue = _FairQueue(network.timeline, self.conditions.bandwidth_bytes_s, self._depart)
-        self._arrival_last = 0.0
-        self._held: list[Callable[[], None]] = []
-
-    def set_conditions(self, conditions: LinkConditions) -> None:
-        """From the next segment on."""
-        self.conditions = conditions
-        self.queue.rate = conditions.bandwidth_bytes_s
-
-    def carry(self, action: Callable[[], None]) -> None:
-        """Something small, whose bytes are not charged, happens at the other end."""
-        timeline = self.network.timeline
-        delay_s = self.conditions.latency_s + self.network.rng.random() * self.conditions.jitter_s
-        self._arrival_last = max(self._arrival_last, timeline.now() + delay_s)
-        timeline.at(self._arrival_last, self._arrive, action)
-
-    async def cross(self) -> None:
-        """Wait for one message to the other end, and for the program there to take it."""
-        arrived = trio.Event()
-        self.carry(partial(self.target.deliver, arrived.set))
-        await arrived.wait()
-
-    def go_on(self) -> None:
-        """Carry again what a partition held up."""
-        if self._held and not self.network.is_cut(self.source, self.target):
-            held, self._held = self._held, []
-            for action in held:
-                self.carry(action)
-
-    def _depart(self, segment: _Segment) -> None:
-        self.carry(partial(self.target.download.push, segment))
-
-    def _arrive(self, action: Callable[[], None]) -> None:
-        if self.network.is_cut(self.source, self.target):
-            self._held.append(action)
-        else:
-            action()
-
-
-class _Timeline:
-    """What will happen when. One task runs it all, in order of time, then of arrival."""
-
-    def __init__(self) -> None:
-        self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
-        self._count = 0
-        self._wakes_at = math.inf
-        self._earlier = trio.Event()
-
-    @staticmethod
-    def now() -> float:
-        """Seconds of trio's clock."""
-        return trio.current_time()
-
-    def at(self, time: float, action: Callable[..., None], *arguments: object) -> None:
-        """Call the action then, or as soon after as the run goes on."""
-        self._count += 1
-        heapq.heappush(self._events, (time, self._count, action, arguments))
-        if time < self._wakes_at:
-            self._earlier.set()
-
-    async def run(self) -> None:
-        """Make things happen; never ends."""
-        while True:
-            self._wakes_at = -math.inf  # what is added meanwhile needs no waking
-            self._run_due()
-            self._wakes_at = self._events[0][0] if self._events else math.inf
-            self._earlier = trio.Event()
-            with trio.move_on_at(self._wakes_at):
-                await self._earlier.wait()
-
-    def _run_due(self) -> None:
-        now = self.now()
-        while self._events and self._events[0][0] <= now:
-            _, _, action, arguments = heapq.heappop(self._events)
-            action(*arguments)
 
 
 def _public_key(name_or_key: str | bytes) -> bytes:

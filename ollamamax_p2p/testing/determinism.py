@@ -57,7 +57,7 @@ def deterministic(seed: int) -> Iterator[None]:
     )
     scheduler._r.seed(seed)
     scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
-    trio.to_thread.run_sync = _run_in_place  # type: ignore[assignment] # the same to its callers
+    trio.to_thread.run_sync = _run_in_place  # the same to its callers
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ollamamax_p2p.errors import OmxError
 from ollamamax_p2p.transfer import PullProgress, PullReport, SourceShare
 from omx_cli.exit_codes import exit_code
-from omx_cli.output import duration, human_age, human_bytes, short_peer, table
+from omx_cli.output import duration, human_age, human_bytes, say, short_peer, table
 from omx_cli.progress import BlobLine, LogView, TerminalView, bar, blob_text, report_line
 
 PEER = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
@@ -170,6 +170,11 @@ def test_a_wide_terminal_shows_each_sources_share():
     assert lines[2].split() == ["registry.ollama.ai", "25%", "25", "B"]
     view.show(PullProgress(status="writing manifest"))
     assert view.lines(80)[-1].startswith("writing manifest")
+
+
+def test_what_strangers_wrote_cannot_steer_the_terminal(capsys):
+    say("a\x1b[2Jb\x9bc\r\x07\td\ne")
+    assert capsys.readouterr().out == "a�[2Jb�c��\td\ne\n"
 
 
 def test_every_error_has_an_exit_code():

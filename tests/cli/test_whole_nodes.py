@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -143,6 +144,48 @@ async def test_stop_returns_when_the_node_is_gone(tmp_path):
         with trio.fail_after(5):
             assert await process.wait() == 0
     assert (await omx_on(tmp_path / "d", "stop")).code == 4
+
+
+async def test_a_frozen_command_ends_at_the_second_ctrl_c(tmp_path):
+    script = (
+        "import trio\nfrom omx_cli.running import run\n"
+        "async def work():\n"
+        "    print('working', flush=True)\n"
+        "    try:\n"
+        "        await trio.sleep_forever()\n"
+        "    finally:\n"
+        "        with trio.CancelScope(shield=True):\n"
+        "            print('closing', flush=True)\n"
+        "            await trio.sleep_forever()\n"
+        "run(work, interrupted='interrupted; resume')"
+    )
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-c", script], stdout=-1, stderr=-1, env=node_environment(tmp_path)
+    )
+    assert await process.stdout.receive_some() == b"working\n"
+    process.send_signal(signal.SIGINT)
+    assert await process.stdout.receive_some() == b"closing\n"
+    process.send_signal(signal.SIGINT)
+    assert await process.wait() == 130
+    err = b"".join([part async for part in process.stderr])
+    assert err == b"\nError: interrupted; resume\n"
+
+
+async def test_a_node_that_is_frozen_is_not_waited_for(tmp_path):
+    async with up(tmp_path / "d") as (process, _):
+        process.send_signal(signal.SIGSTOP)
+        script = (
+            "import sys\nfrom omx_cli import running\nfrom omx_cli.main import run\n"
+            "running.with_node.__kwdefaults__['timeout_s'] = 0.5\nsys.exit(run(['status']))"
+        )
+        done = await trio.run_process(
+            [sys.executable, "-c", script],
+            env=node_environment(tmp_path / "d"),
+            capture_stderr=True,
+            check=False,
+        )
+    assert done.returncode == 5
+    assert b"is it frozen?" in done.stderr
 
 
 async def test_a_taken_data_folder_and_a_taken_port_are_named(tmp_path):

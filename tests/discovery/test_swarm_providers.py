@@ -17,10 +17,7 @@ from ollamamax_p2p.discovery.swarm_providers import ASK_DEADLINE_S, REACH_DEADLI
 from ollamamax_p2p.errors import NotAdmitted
 from ollamamax_p2p.host import open_requests
 from ollamamax_p2p.identity import Membership
-from ollamamax_p2p.testing.determinism import run_on_virtual_clock
 from ollamamax_p2p.wire import protocol_ids
-
-pytestmark = pytest.mark.trio(run=run_on_virtual_clock)
 
 BLOB = digest_of(b"a blob")
 TOLD_S = 3

@@ -75,8 +75,8 @@ async def test_a_blob_of_a_finished_pull_is_served_to_the_next(autojump_clock, s
         one = await swarm.add()
         with trio.fail_after(60):
             await one.transfer.pull("some:model")
-        swarm.network.kill(holder.host)
         two = await swarm.add()
+        swarm.network.kill(holder.host)
         with trio.fail_after(60):
             report = await two.transfer.pull("some:model")
         assert {share.name for share in report.sources} == {one.id}

@@ -168,6 +168,7 @@ class Download:
             (i for i in range(len(lengths)) if i not in self._verified), rng=rng
         )
         self._unasked_bytes = sum(lengths[i] for i in range(len(lengths)) if i in self._unasked)
+        self._chunk_bytes = max(lengths, default=0)
         self._offsets = [0, *accumulate(lengths)]
         self._sources: dict[str, _Source] = {}
         self._askers: dict[int, dict[str, None]] = {}  # chunk: sources asked for it now, in order
@@ -480,9 +481,9 @@ class Download:
         if source.complete and self._is_shared():
             # What is asked of a seed early, others ask of it too, not knowing of one another.
             owed = outstanding - sum(request.received for request in source.asked.values())
-            if owed > max(ahead, length / 4):
+            if owed > max(ahead, self._chunk_bytes / 4):
                 return False
-        limit = min(max(2 * length, ahead), self._settings.requests_in_flight_bytes)
+        limit = min(max(2 * self._chunk_bytes, ahead), self._settings.requests_in_flight_bytes)
         return outstanding + length <= limit
 
     def _claim(self, source: _Source, now: float) -> Claim | None:
