@@ -338,7 +338,7 @@ class PeerUnreachable(NetworkTrouble):
     def __init__(self, peer: str, problem: str) -> None:
         """peer: its id or address; problem: what happened."""
         super().__init__(f"cannot reach {peer}: {problem}")
-        self.peer = peer
+        self.peer, self.problem = peer, problem
 
 
 class PeerGone(NetworkTrouble):

@@ -49,6 +49,8 @@ from ollamamax_p2p.errors import (
     DataDirInUse,
     NotAdmitted,
     OmxError,
+    PeerUnreachable,
+    first_named,
 )
 from ollamamax_p2p.host import (
     Connections,
@@ -408,13 +410,21 @@ class Node:
 
     async def _join_by_addresses(self, addresses: Sequence[Address]) -> JoinReport:
         try:
+            await self._reach_or_enter(addresses)
+        except PeerUnreachable as error:
+            # One with another swarm's key hangs up without a word, as a broken one does.
+            hint = "if it is there, its swarm is private: join with a ticket (`omx invite` there)"
+            raise PeerUnreachable(error.peer, f"{error.problem}; {hint}") from error
+        return await self._met(addresses)
+
+    async def _reach_or_enter(self, addresses: Sequence[Address]) -> None:
+        try:
             await self._now.connections.reach(addresses)
         except OmxError:
             # Not of our swarm. If it is an open one, and ours is nobody's but ours, move there.
             if not await self._is_alone():
                 raise
             await self._move(lambda: self._enter_open(addresses))
-        return await self._met(addresses)
 
     async def _met(self, peers: Sequence[Address]) -> JoinReport:
         """Be connected to the first of these peers, and stay in touch with all."""
@@ -447,26 +457,25 @@ class Node:
     async def _redeem(self, ticket: Ticket) -> tuple[Address, ...]:
         async with self._provisional(ticket.swarm_key) as connections:
             redeemed = await connections.redeem(ticket)
-        await self._replace_membership(lambda path: Membership.join(path, ticket, redeemed.grant))
+        await self._replace_membership(lambda: Membership.join(None, ticket, redeemed.grant))
         return redeemed.peers
 
     async def _enter_open(self, addresses: Sequence[Address]) -> None:
         async with self._provisional(None) as connections:
             swarm_id = await connections.enter(addresses)
-        await self._replace_membership(lambda path: Membership.join_open(path, swarm_id))
+        await self._replace_membership(lambda: Membership.join_open(None, swarm_id))
 
     async def _start_alone(self) -> None:
         await trio.to_thread.run_sync(forget_remembered_peers, self.config.data_dir)
         await self._replace_membership(
-            lambda path: Membership.create(path, open_swarm=self.config.open_swarm)
+            lambda: Membership.create(None, open_swarm=self.config.open_swarm)
         )
 
-    async def _replace_membership(self, make: Callable[[Path], Membership]) -> None:
-        def replace() -> Membership:
-            self._membership.leave()
-            return make(_membership_path(self.config))
-
-        self._membership = await trio.to_thread.run_sync(replace)
+    async def _replace_membership(self, make: Callable[[], Membership]) -> None:
+        """In one step: a full disk must not leave this node in no swarm at all."""
+        self._membership = await trio.to_thread.run_sync(
+            lambda: self._membership.replaced_by(make())
+        )
 
     @asynccontextmanager
     async def _provisional(self, swarm_key: bytes | None) -> AsyncIterator[Connections]:
@@ -552,8 +561,11 @@ class _Move(Generic[T]):
         """Do it; what goes wrong is the asker's to see, the next session opens all the same."""
         try:
             self._result = await self._between()
-        except OmxError as error:
-            self._error = error
+        except Exception as error:
+            # What comes through a host's nursery comes in a group.
+            self._error = first_named(error)
+            if self._error is None:
+                raise
 
     def outcome(self) -> T:
         """What it gave, or raises what it raised."""

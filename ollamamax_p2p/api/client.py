@@ -98,13 +98,13 @@ class LocalClient:
         body = {"model": name, "from_origin": from_origin, "insecure": insecure}
         async with self._request("POST", "/pull", body) as answer:
             async for line in answer.lines():
-                found = msgspec.json.decode(line, type=dict[str, Any])
-                if "error" in found:
-                    raise errors.restored(str(found.get("code", "")), str(found["error"]))
-                if "report" in found:
-                    return msgspec.convert(found["report"], PullReport)
+                found = self._decoded(line, _PullLine)
+                if found.error:
+                    raise errors.restored(found.code, found.error)
+                if found.report:
+                    return found.report
                 if on_progress is not None:
-                    on_progress(msgspec.convert(found, PullProgress))
+                    on_progress(self._decoded(line, PullProgress))
         raise _broken_off(self._where)
 
     async def import_model(self, path: Path, name: str) -> ModelInfo:
@@ -166,10 +166,12 @@ class LocalClient:
 
     async def _ask(self, method: str, path: str, wanted: type[T], body: Any = None) -> T:
         async with self._request(method, path, body) as answer:
-            raw = await answer.everything()
+            return self._decoded(await answer.everything(), wanted)
+
+    def _decoded(self, raw: bytes, wanted: type[T]) -> T:
         try:
             return msgspec.json.decode(raw, type=wanted)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise LocalTrouble(
                 f"the node at {self.address} answers in a way this omx does not know "
                 f"({error}); restart it with this version"
@@ -208,7 +210,7 @@ class LocalClient:
         try:
             found = msgspec.json.decode(raw, type=dict[str, str])
             text, code = found["error"], found["code"]
-        except (msgspec.MsgspecError, KeyError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, KeyError):
             return self._refused(status)
         return self._refused(status) if status == 401 else errors.restored(code, text)
 
@@ -281,6 +283,14 @@ class _Answer:
         if isinstance(event, h11.ConnectionClosed):
             raise _broken_off(self._where)
         return event
+
+
+class _PullLine(msgspec.Struct):
+    """What tells the lines of a pull apart: an error or a report is the last."""
+
+    error: str = ""
+    code: str = ""
+    report: PullReport | None = None
 
 
 class _Peers(msgspec.Struct):

@@ -6,9 +6,11 @@ reads them also looks whether the process is still there.
 """
 
 import os
+import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -17,14 +19,15 @@ from ollamamax_p2p.identity import read_secret, remove_secret, write_secret
 
 NODE_FILE_NAME = "node.json"
 TOKEN_FILE_NAME = "api-token"
+_TOKEN = re.compile(rb"[A-Za-z0-9_-]{20,100}")
 
 
 class NodeFile(msgspec.Struct, frozen=True, kw_only=True):
     """What node.json holds."""
 
     pid: int
-    api: str
-    """host:port"""
+    api: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F.:\[\]]{3,50}:[0-9]{1,5}$")]
+    """host:port, the host a number."""
     peer_id: str
 
 
@@ -48,16 +51,18 @@ def remove_files(data_dir: Path) -> None:
 def read_files(data_dir: Path) -> tuple[NodeFile, str]:
     """Where a node runs and its token. Raises NodeNotRunning, or as `read_secret`."""
     raw = read_secret(data_dir / NODE_FILE_NAME)
-    if raw is None:
+    token = read_secret(data_dir / TOKEN_FILE_NAME)
+    if raw is None or token is None:
         raise NodeNotRunning(str(data_dir))
     try:
         found = msgspec.json.decode(raw, type=NodeFile)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         raise NodeNotRunning(f"{data_dir} ({NODE_FILE_NAME} there is damaged)") from None
-    token = read_secret(data_dir / TOKEN_FILE_NAME)
-    if token is None or not _is_alive(found.pid):
+    if not _TOKEN.fullmatch(token):
+        raise NodeNotRunning(f"{data_dir} ({TOKEN_FILE_NAME} there is damaged)")
+    if not _is_alive(found.pid):
         raise NodeNotRunning(str(data_dir))
-    return found, token.decode(errors="replace")
+    return found, token.decode()
 
 
 def _is_alive(pid: int) -> bool:

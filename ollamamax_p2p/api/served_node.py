@@ -72,8 +72,6 @@ class PeerInfo:
     name: str = ""
     """What it calls itself; not verified."""
     round_trip_ms: float | None = None
-    clock_offset_s: float | None = None
-    """Its clock minus ours, where known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

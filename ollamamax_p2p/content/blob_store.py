@@ -36,8 +36,8 @@ class BlobReader(Protocol):
     size: int
 
     async def read_at(self, offset: int, length: int) -> bytes:
-        """Exactly that range. Raises BlobNotFound if the blob was removed meanwhile, StoreDamaged
-        if it is shorter.
+        """Exactly that range, also if the blob was removed meanwhile. Raises StoreDamaged if the
+        file became shorter, ValueError outside [0, size).
         """
 
     async def __aenter__(self) -> "BlobReader": ...
@@ -48,9 +48,9 @@ class PartialBlob(Protocol):
     """A blob that is being fetched. Durable progress; use as an async context manager, leaving
     keeps what is there.
 
-    Order on disk: data, fsync, then the record; so the record never claims what a power cut can
-    take away. Records may be batched (`record_interval_bytes`, `flush`), and lose at most what was
-    in flight.
+    What `write` has returned for survives the end of the process. A power cut takes at most what
+    was written since the last `flush`, or since `record_interval_bytes` before: each is on the disk
+    before the record vouches for it.
     """
 
     digest: Digest
@@ -75,7 +75,8 @@ class PartialBlob(Protocol):
 
     async def use_map(self, chunk_map: ChunkMap | None) -> None:
         """Remember which map the next writes were verified by. What was written before under
-        another map is hashed again, and only ranges that match the new map are kept.
+        another map is hashed again, and only ranges that match the new map are kept; with None,
+        everything is. Raises ValueError for a map of another blob or size.
         """
 
     async def flush(self) -> None:
@@ -116,10 +117,13 @@ class BlobStore(Protocol):
     async def put(self, data: bytes) -> Digest:
         """Store a small blob (config, template) from memory."""
 
-    async def import_file(self, path: Path) -> Digest:
-        """Make a file a blob: hard-linked if it can be, else copied (reflinked where the file
-        system does); the file itself is neither moved nor changed. Raises AccessRefused, StoreFull,
-        DigestMismatch if it changed meanwhile.
+    async def import_file(self, path: Path, *, link: bool = False) -> Digest:
+        """Make a file a blob; the file itself is neither moved nor changed. It is copied, without
+        taking room where the file system can share blocks (reflink).
+
+        link: make a hard link instead where that can be. Then nobody may edit the file in place
+        any more: the blob would change with it, and no longer be what its name says.
+        Raises AccessRefused, StoreFull, BadModelFile if it is no file or changed meanwhile.
         """
 
     async def partial(self, digest: Digest, size: int) -> PartialBlob:
@@ -134,7 +138,9 @@ class BlobStore(Protocol):
         """Every unfinished one, sorted."""
 
     async def chunk_map(self, digest: Digest) -> ChunkMap:
-        """The blob's map; built, and kept beside the store, at the first call; or BlobNotFound."""
+        """The blob's map; built, and kept beside the store, at the first call. Raises BlobNotFound,
+        StoreDamaged if the blob is not what its name says: then it must not be served.
+        """
 
     # manifests
     async def manifest(self, name: ModelName) -> Manifest:

@@ -11,7 +11,7 @@ import trio
 
 from ollamamax_p2p.content.core.chunk_map import ChunkMap, MiB
 from ollamamax_p2p.content.core.chunking import cut, tensor_bounds
-from ollamamax_p2p.content.core.digest import Digest, digest_of_hash
+from ollamamax_p2p.content.core.digest import Digest, digest_of, digest_of_hash
 from ollamamax_p2p.content.core.header_reading import ReadAt
 from ollamamax_p2p.errors import DigestMismatch
 
@@ -49,6 +49,16 @@ async def build_chunk_map(
         # That several tasks do this is nobody's business: the first error is the caller's.
         raise _first(group) from None
     return ChunkMap(digest, tuple(lengths), tuple(hashes))
+
+
+def chunk_map_of(data: bytes) -> ChunkMap:
+    """The same for bytes in memory, at once and in this thread."""
+
+    def read_at(offset: int, length: int) -> bytes:
+        return data[offset : offset + length]
+
+    lengths = cut(len(data), tensor_bounds(read_at, len(data)))
+    return ChunkMap(digest_of(data), tuple(lengths), tuple(_hash_chunks(read_at, 0, lengths)))
 
 
 async def _check_digest(

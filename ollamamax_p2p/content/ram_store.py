@@ -12,7 +12,7 @@ from ollamamax_p2p.content.core.digest import Digest, digest_of
 from ollamamax_p2p.content.core.manifest import Manifest
 from ollamamax_p2p.content.core.model_name import ModelName
 from ollamamax_p2p.content.core.ranges import Ranges
-from ollamamax_p2p.content.map_building import build_chunk_map
+from ollamamax_p2p.content.map_building import chunk_map_of
 from ollamamax_p2p.errors import (
     AccessRefused,
     BadModelFile,
@@ -31,7 +31,9 @@ def _utc_now() -> datetime:
 
 
 class RamStore:
-    """Blobs in a dictionary. Bounded by `capacity_bytes`: whole blobs and unfinished ones together.
+    """Blobs in a dictionary, and no threads, so that a virtual clock may run beside it.
+
+    capacity_bytes: for whole blobs and unfinished ones together.
 
     now: the time that a manifest gets; a simulation gives its own.
     """
@@ -50,7 +52,6 @@ class RamStore:
         self._maps: dict[Digest, ChunkMap] = {}
         self._unfinished: dict[Digest, _Unfinished] = {}
         self._manifests: dict[str, tuple[ModelName, Manifest, datetime]] = {}
-        self._limiter = trio.CapacityLimiter(2)
 
     @property
     def writable(self) -> bool:
@@ -133,10 +134,8 @@ class RamStore:
     async def chunk_map(self, digest: Digest) -> ChunkMap:
         """See BlobStore."""
         if digest not in self._maps:
-            data = memoryview(self._bytes_of(digest))
-            self._maps[digest] = await build_chunk_map(
-                digest, len(data), lambda at, length: bytes(data[at : at + length]), self._limiter
-            )
+            await trio.lowlevel.checkpoint()
+            self._maps[digest] = chunk_map_of(self._bytes_of(digest))
         return self._maps[digest]
 
     async def manifest(self, name: ModelName) -> Manifest:
@@ -203,6 +202,7 @@ class RamReader:
         """See BlobReader."""
         if not 0 <= offset <= offset + length <= self.size:
             raise ValueError(f"[{offset}, {offset + length}) is outside [0, {self.size})")
+        await trio.lowlevel.checkpoint()
         return self._data[offset : offset + length]
 
     async def __aenter__(self) -> "RamReader":
@@ -246,6 +246,8 @@ class RamPartial:
         end = offset + len(data)
         if not 0 <= offset <= end <= self.size:
             raise ValueError(f"[{offset}, {end}) is outside [0, {self.size})")
+        await trio.lowlevel.checkpoint()
+        self._check_open()
         self._held.data[offset:end] = data
         self._held.have.add(offset, end)
 
@@ -254,6 +256,7 @@ class RamPartial:
         end = offset + length
         if not 0 <= offset <= end <= self.size or not self._held.have.covers(offset, end):
             raise ValueError(f"[{offset}, {end}) has not been written")
+        await trio.lowlevel.checkpoint()
         return bytes(self._held.data[offset:end])
 
     async def use_map(self, chunk_map: ChunkMap | None) -> None:
@@ -282,6 +285,8 @@ class RamPartial:
         self._check_open()
         if self.missing():
             raise ValueError(f"{self.digest} is not complete")
+        await trio.lowlevel.checkpoint()
+        self._check_open()
         data = bytes(self._held.data)
         actual = digest_of(data)
         if actual != self.digest:

@@ -47,8 +47,12 @@ RECORD_LIFETIME_S = 6 * 3_600.0
 REFRESH_S = 600.0
 """Between two refreshes of the routing table, as the specification has it."""
 
-TURN_S = 5.0
+TURN_S = 1.0
 """How often newly connected members are put into the routing table."""
+
+SEEN_AGAIN_S = 60.0
+"""How often the table is told that those connected are still there; it gives them up after an hour.
+"""
 
 FIND_DEADLINE_S = 4.0
 """A lookup took 50 ms among thirty nodes; a hop that hangs must not hold up a download."""
@@ -181,7 +185,8 @@ class Dht:
         """How many blobs have not been announced once yet."""
         return sum(due == _NEVER_YET for due in self._due.values())
 
-    def known_peers(self) -> int:
+    @property
+    def table_size(self) -> int:
         """How many peers are in the routing table."""
         return self._kad.get_routing_table_size()
 
@@ -198,11 +203,16 @@ class Dht:
 
     async def keep_table(self) -> None:
         """Put members into the routing table as they connect, and refresh it."""
-        refresh_at = float("-inf")
+        refresh_at = seen_at = float("-inf")
+        present: set[PeerId] = set()
         while True:
             before = self._kad.get_routing_table_size()
-            for peer in linked_peers(self._neighbours):
+            if trio.current_time() >= seen_at + SEEN_AGAIN_S:
+                present, seen_at = set(), trio.current_time()
+            linked = set(linked_peers(self._neighbours))
+            for peer in linked - present:
                 await _step("adding a peer", self._kad.add_peer(ID.from_base58(peer)))
+            present = linked
             first = not before and self._kad.get_routing_table_size()
             if first or (before and trio.current_time() >= refresh_at):
                 refresh_at = trio.current_time() + REFRESH_S

@@ -88,9 +88,11 @@ async def open_discovery(
             feed.report(Event(kind=kind, at=at, facts={"problem": problem}))
 
     async with AsyncExitStack() as stack:
-        providers: ProviderDirectory = await stack.enter_async_context(
+        near = await stack.enter_async_context(
             open_swarm_providers(host, neighbours, settings, rng=rng)
         )
+        sources.append(near)
+        providers: ProviderDirectory = near
         if settings.dht and libp2p is not None:
             from ollamamax_p2p.discovery.dht import open_dht  # two seconds to import
 

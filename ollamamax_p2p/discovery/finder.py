@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -130,14 +131,14 @@ class Finder:
 
     async def recall(self, data_dir: Path, swarm: str) -> None:
         """Take the peers remembered from the last run."""
-        remembered = await trio.to_thread.run_sync(
-            lambda: load_remembered(
-                data_dir,
-                swarm,
-                peers_max=self._settings.remembered_peers_max,
-                now=self._wall_clock(),
-            )
+        load = partial(
+            load_remembered,
+            data_dir,
+            swarm,
+            peers_max=self._settings.remembered_peers_max,
+            now=self._wall_clock(),
         )
+        remembered = await trio.to_thread.run_sync(load)
         for addresses in remembered:
             self._book.add(addresses, "remembered", expires=math.inf)
 

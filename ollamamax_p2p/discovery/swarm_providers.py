@@ -19,6 +19,7 @@ from ollamamax_p2p.discovery.core.provider_messages import (
     HOLDERS_MAX,
     Answer,
     Ask,
+    AskPeers,
     Holder,
     Holders,
     Noted,
@@ -32,6 +33,7 @@ from ollamamax_p2p.discovery.core.provider_messages import (
 )
 from ollamamax_p2p.discovery.core.provider_table import ProviderTable
 from ollamamax_p2p.discovery.neighbours import Neighbours, linked_peers, reach_all
+from ollamamax_p2p.discovery.peer_source import Found
 from ollamamax_p2p.discovery.settings import DiscoverySettings
 from ollamamax_p2p.errors import OmxError
 from ollamamax_p2p.host import PeerHost, Requests, open_requests
@@ -64,6 +66,12 @@ RETRY_S_MIN, RETRY_S_MAX = 0.5, 30.0
 a moment later than we admitted it.
 """
 
+EXCHANGE_S = 20.0
+"""At most so long between asking one neighbour whom it is connected to: a round trip."""
+
+TOLD_S = 1_800.0
+"""How long what it says is good for."""
+
 TURN_S = 1.0
 """How often is looked for members that are new or behind, apart from being woken by a change."""
 
@@ -80,7 +88,9 @@ _NEVER = _Failures(0, float("-inf"))
 
 
 class SwarmProviders:
-    """A ProviderDirectory over the connected members."""
+    """A ProviderDirectory over the connected members. A PeerSource too: whom they know."""
+
+    name = "told"
 
     def __init__(
         self,
@@ -149,19 +159,20 @@ class SwarmProviders:
         connected = set(linked_peers(self._neighbours))
         first_hand = self._table.holders(digest, connected=connected, now=trio.current_time())
         found = {h.peer: h.addresses for h in first_hand if h.addresses and h.peer not in connected}
+        question = Ask(digest=raw_hash(digest))
         neighbours = sorted(connected)
         asked = self._rng.sample(neighbours, min(ASKED_MAX, len(neighbours)))
         with trio.move_on_after(deadline_s):
             async with trio.open_nursery() as nursery:
                 for peer in asked:
-                    nursery.start_soon(self._ask, peer, digest, found)
+                    nursery.start_soon(self._collect, peer, question, found)
         return dict(list(found.items())[:HOLDERS_MAX])
 
-    async def _ask(
-        self, peer: PeerId, digest: Digest, found: dict[PeerId, tuple[Address, ...]]
+    async def _collect(
+        self, peer: PeerId, question: Ask | AskPeers, found: dict[PeerId, tuple[Address, ...]]
     ) -> None:
         try:
-            answer = await self._requests.ask(peer, Ask(digest=raw_hash(digest)))
+            answer = await self._requests.ask(peer, question)
         except OmxError:
             return  # The others' answers do.
         for holder in answer.holders if isinstance(answer, Holders) else ():
@@ -176,6 +187,8 @@ class SwarmProviders:
         if isinstance(request, Tell):
             self._note(peer, request)
             return Noted()
+        if isinstance(request, AskPeers):
+            return Holders(holders=self._some_neighbours(besides=peer))
         return Holders(holders=self._known_holders(digest_of_hash(request.digest), besides=peer))
 
     def _note(self, peer: PeerId, tell: Tell) -> None:
@@ -198,6 +211,30 @@ class SwarmProviders:
         if self._announcements.holds(digest) and self._host.addresses:
             texts.insert(0, _texts(self._host.addresses))
         return [Holder(addresses=each) for each in texts[:HOLDERS_MAX]]
+
+    def _some_neighbours(self, *, besides: PeerId) -> list[Holder]:
+        others = [
+            linked.addresses
+            for linked in self._neighbours.peers()
+            if linked.peer != besides and linked.addresses
+        ]
+        chosen = self._rng.sample(others, min(HOLDERS_MAX, len(others)))
+        return [Holder(addresses=_texts(addresses)) for addresses in chosen]
+
+    # -- a PeerSource too --------------------------------------------------------------------
+
+    async def find_peers(self) -> AsyncIterator[Found]:
+        """Members that a neighbour, drawn at random, is connected to; now and then."""
+        while True:
+            await trio.sleep(EXCHANGE_S * self._rng.uniform(0.5, 1.0))
+            neighbours = linked_peers(self._neighbours)
+            if not neighbours:
+                continue
+            found: dict[PeerId, tuple[Address, ...]] = {}
+            with trio.move_on_after(ASK_DEADLINE_S):
+                await self._collect(self._rng.choice(neighbours), AskPeers(), found)
+            for addresses in found.values():
+                yield Found(addresses, self.name, trio.current_time() + TOLD_S)
 
     # -- telling -----------------------------------------------------------------------------
 

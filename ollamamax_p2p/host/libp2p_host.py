@@ -16,9 +16,9 @@ import logging
 import os
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import trio
 from libp2p import new_host
@@ -26,6 +26,7 @@ from libp2p.abc import IHost, INetConn, INetStream, INotifee
 from libp2p.connection_types import ConnectionType
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.exceptions import StreamFailure
 from libp2p.network.config import ConnectionConfig, RetryConfig
@@ -33,9 +34,9 @@ from libp2p.network.connection import swarm_connection
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
-from libp2p.protocol_muxer.exceptions import MultiselectError
+from libp2p.protocol_muxer.exceptions import MultiselectError, ProtocolNotSupportedError
 from libp2p.protocol_muxer.multiselect import Multiselect
-from libp2p.protocol_muxer.multiselect_client import MultiselectClient, ProtocolNotSupportedError
+from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.rcmgr import Direction, ResourceManager
 from libp2p.rcmgr.manager import ResourceLimits
@@ -47,6 +48,7 @@ from libp2p.transport.websocket.transport import WebsocketTransport
 from multiaddr import Multiaddr
 
 from ollamamax_p2p.errors import (
+    BadInput,
     BadPeerId,
     NotAdmitted,
     OmxError,
@@ -120,9 +122,7 @@ async def open_libp2p_host(
     announce = [parse_transport(text) for text in settings.announce]
     libp2p = _new_libp2p(key_seed, settings, swarm_key)
     async with trio.open_nursery() as nursery:
-        host = Libp2pHost(
-            libp2p, settings, nursery=nursery, announce=announce, admit_all=admit_all
-        )
+        host = Libp2pHost(libp2p, settings, nursery=nursery, announce=announce, admit_all=admit_all)
         closing = trio.Event()
         await nursery.start(_run, host, listen, closing)
         try:
@@ -216,7 +216,13 @@ class Libp2pHost:
         found = per_interface(str(each) for each in self._basic.get_transport_addrs())
         listening = [parse_address(f"{text}/p2p/{self.peer_id}") for text in found]
         relayed = self.reachability.addresses if self.reachability else ()
-        return tuple(dict.fromkeys([*listening, *relayed]))
+        return tuple(dict.fromkeys([*listening, *self._observed(), *relayed]))
+
+    def _observed(self) -> Iterator[Address]:
+        """Where several members say that they see us: what a NAT made of a listening address."""
+        for each in self._basic._observed_addr_manager.addrs():
+            with suppress(BadInput):
+                yield parse_address(f"{str(each).partition('/p2p/')[0]}/p2p/{self.peer_id}")
 
     # -- connections
 
@@ -250,7 +256,9 @@ class Libp2pHost:
                     await failed.wait()
         peer = addresses[0].peer
         if peer not in self._connected:
-            raise PeerUnreachable(peer, problems[-1] if problems else "the connection ended at once")
+            raise PeerUnreachable(
+                peer, problems[-1] if problems else "the connection ended at once"
+            )
 
     async def _dial(
         self,
@@ -341,16 +349,16 @@ class Libp2pHost:
         try:
             client, communicator = MultiselectClient(), MultiselectCommunicator(net_stream)
             await client.handshake(communicator)
-            await client.try_select(communicator, protocol)
+            await client.try_select(communicator, TProtocol(protocol))
             agreed = True
         finally:
             if not agreed:
                 with trio.CancelScope(shield=True):
                     await net_stream.reset()
-        net_stream.set_protocol(protocol)
+        net_stream.set_protocol(TProtocol(protocol))
 
-    def _stream(self, net_stream: NetStream, peer: PeerId, protocol: str) -> Libp2pStream:
-        return Libp2pStream(net_stream, peer, protocol, linger=self._linger)
+    def _stream(self, net_stream: INetStream, peer: PeerId, protocol: str) -> Libp2pStream:
+        return Libp2pStream(cast("NetStream", net_stream), peer, protocol, linger=self._linger)
 
     def _linger(self, stream: Libp2pStream) -> None:
         self._nursery.start_soon(stream.until_other_side_ended)
@@ -362,9 +370,9 @@ class Libp2pHost:
         answer = partial(self._answer, protocol, handler)
         self._basic.set_stream_handler(protocol, answer)
         if for_strangers:
-            self._stranger_protocols.add_handler(protocol, answer)
+            self._stranger_protocols.add_handler(TProtocol(protocol), answer)
         else:
-            self._stranger_protocols.remove_handler(protocol)
+            self._stranger_protocols.remove_handler(TProtocol(protocol))
 
     async def _answer(self, protocol: str, handler: StreamHandler, net_stream: INetStream) -> None:
         """Run a handler in our nursery, so that its bugs reach us and not py-libp2p."""
@@ -630,7 +638,7 @@ def _new_libp2p(key_seed: bytes, settings: HostSettings, swarm_key: bytes | None
         psk=None if swarm_key is None else swarm_key.hex(),
         # By default it would also offer TLS, secio, no encryption at all, and mplex.
         sec_opt={NOISE: noise},
-        muxer_opt={YAMUX: BoundedYamux},
+        muxer_opt={TProtocol(YAMUX): BoundedYamux},
         transports=[TCP()],
         # Not told where we shall listen: two addresses with one port (0 and 0, too) would get a
         # demultiplexer that knows TCP by its first three bytes, which a swarm key makes random.
@@ -639,7 +647,7 @@ def _new_libp2p(key_seed: bytes, settings: HostSettings, swarm_key: bytes | None
         negotiate_timeout=int(settings.dial_timeout_s) or 1,
     )
     swarm: Any = libp2p.get_network()
-    swarm.upgrader.muxer_multistream = BoundedMuxer({YAMUX: BoundedYamux})
+    swarm.upgrader.muxer_multistream = BoundedMuxer({TProtocol(YAMUX): BoundedYamux})
     swarm.transport_manager.add_transport(WebsocketTransport(swarm.upgrader))
     return libp2p
 
@@ -697,7 +705,7 @@ def _quiet_libp2p() -> None:
     logging.getLogger("multiaddr").setLevel(logging.WARNING)  # ten lines for each address it reads
     logging.getLogger("libp2p.network.auto_connector").setLevel(logging.NOTSET)  # INFO by itself
     # This module logs to the root logger, which makes Python install a handler on stderr.
-    swarm_connection.logging = logging.getLogger("libp2p.network.connection")  # type: ignore[attr-defined]  # its import of the module
+    vars(swarm_connection)["logging"] = logging.getLogger("libp2p.network.connection")
 
 
 def _peer_of(libp2p_id: ID) -> PeerId:

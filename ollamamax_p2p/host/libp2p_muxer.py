@@ -10,6 +10,7 @@ Three things differ from the library's `Yamux` (docs/py-libp2p.md, "Yamux"):
   fixed 0.1 s.
 """
 
+import contextlib
 import struct
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -105,10 +106,8 @@ class BoundedYamux(Yamux):
     async def _close_socket(self) -> None:
         # 0.5 s: a WebSocket says goodbye first.
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 0.5):
-            try:
+            with contextlib.suppress(Exception):  # it is being thrown away
                 await self.secured_conn.close()
-            except Exception:  # noqa: BLE001, S110 - it is being thrown away
-                pass
 
     # -- life
 

@@ -6,9 +6,12 @@ of a connection looks like the end of the stream. So we wait ourselves, until so
 written or read without waiting, and let the library do that.
 """
 
+import contextlib
 from collections.abc import Callable
+from typing import cast
 
 import trio
+import trio.lowlevel
 from libp2p.io.exceptions import IOException
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.network.stream.net_stream import NetStream
@@ -46,8 +49,8 @@ class Libp2pStream:
         self.peer = peer
         self.protocol = protocol
         self._net = net_stream
-        self._muxed: YamuxStream = net_stream.muxed_stream
-        self._conn: BoundedYamux = net_stream.muxed_conn
+        self._muxed = cast("YamuxStream", net_stream.muxed_stream)
+        self._conn = cast("BoundedYamux", net_stream.muxed_conn)
         self._linger = linger
         self._closed_here = False
         self._said_eof = False
@@ -139,7 +142,7 @@ class Libp2pStream:
         stream_id, events = self._muxed.stream_id, self._conn.stream_events
         event = events.get(stream_id)
         if event is None:
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
             return
         await event.wait()
         if events.get(stream_id) is event:
@@ -162,10 +165,8 @@ class Libp2pStream:
         self._closed_here = True
         event = self._conn.stream_events.get(self._muxed.stream_id)
         with trio.CancelScope(shield=True):
-            try:
+            with contextlib.suppress(*_FAILURES):
                 await self._net.close()
-            except _FAILURES:
-                pass
         if event is not None:
             event.set()
         if not self._other_side_ended:

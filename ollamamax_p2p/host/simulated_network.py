@@ -578,7 +578,10 @@ class SimulatedNetwork:
         try:
             await handler(stream)
         except* OmxError as group:
-            _log.warning("%s with %s ended: %s", stream.protocol, stream.peer, _first(group))
+            error = _first(group)
+            # A peer that goes is nobody's fault.
+            level = logging.INFO if isinstance(error, PeerGone) else logging.WARNING
+            _log.log(level, "%s with %s ended: %s", stream.protocol, stream.peer, error)
             stream.reset()
         finally:
             stream.close_now()

@@ -305,6 +305,14 @@ class Membership:
             self._save(msgspec.structs.replace(self._saved, tickets=()))
         return alive
 
+    def replaced_by(self, other: "Membership") -> "Membership":
+        """Be in another swarm from now on: its record, made in memory, takes the place of this one
+        in one step. Raises AccessRefused, StoreFull or StoreDamaged; then nothing has changed.
+        """
+        replacement = Membership(self._path, other._saved)
+        replacement._save(other._saved)
+        return replacement
+
     def leave(self) -> None:
         """Delete the record: this node is in no swarm from now on, its keys are gone."""
         if self._path is not None:

@@ -522,6 +522,7 @@ class _Fill:
             present=list(present_chunks(offsets, lengths, self._partial.missing())),
             settings=self._settings,
             rng=self._services.rng,
+            own=self._services.own_id,
         )
         self._download = download
         self._note_bytes()

@@ -209,7 +209,7 @@ async def test_the_files_that_lead_to_the_node_are_private_and_go_with_it(tmp_pa
 async def test_a_node_that_was_killed_counts_as_not_running(tmp_path):
     for name, text in (
         ("node.json", '{"pid":4194999,"api":"127.0.0.1:1","peer_id":"x"}'),
-        ("api-token", "t"),
+        ("api-token", "t" * 43),
     ):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o600)

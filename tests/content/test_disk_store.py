@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from ollamamax_p2p.content import ContentSettings, durable_files, open_disk_store
 from ollamamax_p2p.content.core.chunk_map import MiB
@@ -602,15 +603,74 @@ async def test_a_lost_record_begins_anew(store, tmp_path):
 async def test_writers_are_kept_out_while_the_whole_is_checked(store):
     async with await store.partial(DIGEST, len(BLOB)) as partial:
         await partial.write(0, BLOB)
+        # Hashing waits for a thread, for as long as others have them all.
+        others = [object() for _ in range(SETTINGS.hash_threads)]
+        for other in others:
+            await store._hash_limiter.acquire_on_behalf_of(other)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial.commit)
-            await trio.lowlevel.checkpoint()
+            await trio.testing.wait_all_tasks_blocked()
             with pytest.raises(ValueError, match="checked as a whole"):
                 await partial.write(0, b"late")
             with pytest.raises(ValueError, match="checked as a whole"):
                 await partial.commit()
+            for other in others:
+                store._hash_limiter.release_on_behalf_of(other)
     async with await store.open(DIGEST) as reader:
         assert await reader.read_at(0, 4) == BLOB[:4]
+
+
+async def test_a_late_duplicate_finishes_before_the_whole_is_checked(store):
+    """In the endgame the same chunk comes from two peers; one of them is still being written."""
+    async with await store.partial(DIGEST, len(BLOB)) as partial:
+        await partial.write(0, BLOB)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial.write, 0, BLOB[:MiB])
+            await trio.testing.wait_all_tasks_blocked()
+            await partial.commit()
+    assert store.blob_path(DIGEST).read_bytes() == BLOB
+
+
+async def test_files_are_closed_only_when_nobody_uses_them(store):
+    await store.put(BLOB)
+    async with trio.open_nursery() as nursery:
+        partial = await store.partial(digest_of(b"other"), MiB)
+        reader = await store.open(DIGEST)
+        for _ in range(20):
+            nursery.start_soon(partial.write, 0, BLOB[:MiB])
+            nursery.start_soon(reader.read_at, 0, MiB)
+        await trio.testing.wait_all_tasks_blocked()
+        await reader.__aexit__()
+        partial.abandon()
+    async with await store.partial(digest_of(b"other"), MiB) as partial:
+        assert partial.missing() == []
+
+
+async def test_an_import_of_a_file_that_shrinks_is_refused(store, tmp_path, monkeypatch):
+    path = tmp_path / "model.bin"
+    path.write_bytes(BLOB)
+
+    def shrink(source: int, target: int) -> bool:
+        os.truncate(path, 100)
+        return False
+
+    monkeypatch.setattr("ollamamax_p2p.content.disk_store.share_blocks", shrink)
+    with pytest.raises(BadModelFile, match="became shorter"):
+        await store.import_file(path)
+    assert await store.blobs() == []
+
+
+async def test_a_file_system_that_shares_blocks_is_taken_at_its_word(store, tmp_path, monkeypatch):
+    """The clone is hashed, not the file: that may be edited already."""
+    path = tmp_path / "model.bin"
+    path.write_bytes(BLOB)
+
+    def clone(source: int, target: int) -> bool:
+        os.pwrite(target, os.pread(source, len(BLOB), 0), 0)
+        return True
+
+    monkeypatch.setattr("ollamamax_p2p.content.disk_store.share_blocks", clone)
+    assert await store.import_file(path) == DIGEST
 
 
 async def test_closing_the_store_lets_go_of_unfinished_blobs(tmp_path):

@@ -18,6 +18,7 @@ from ollamamax_p2p.discovery.core.provider_messages import (
     HOLDERS_MAX,
     PAGE_DIGESTS,
     Ask,
+    AskPeers,
     Holder,
     Holders,
     Noted,
@@ -176,7 +177,7 @@ def test_any_bytes_are_a_request_or_malformed(data, draw):
         request = request_codec.decode(data)
     except MalformedMessage:
         return
-    assert isinstance(request, Ask | Tell)
+    assert isinstance(request, Ask | AskPeers | Tell)
     for texts in (request.addresses,) if isinstance(request, Tell) else ():
         addresses_of_one_peer(texts)
 

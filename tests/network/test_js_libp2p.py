@@ -69,5 +69,5 @@ async def test_js_libp2p_dials_an_open_node_and_is_answered(node_program):
 async def test_js_libp2p_gets_no_answer_from_a_node_that_does_not_admit_it(node_program):
     settings = HostSettings(listen=("/ip4/127.0.0.1/tcp/0",))
     async with open_libp2p_host(b"k" * 32, settings, swarm_key=None) as host:
-        with pytest.raises(AssertionError, match="(?i)protocol"):
+        with pytest.raises(AssertionError, match=r"(?i)protocol"):
             await dial_from_js(node_program, str(host.addresses[0]))

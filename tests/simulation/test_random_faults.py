@@ -41,11 +41,19 @@ async def pull_again_and_again(node: SimulatedNode, model: SimulatedModel) -> No
 
 
 @pytest.mark.seeds(20)
-async def test_whatever_goes_wrong_every_pull_ends_well_once_it_is_over(seed, rng, record_property):
-    schedule = FaultSchedule.draw(rng, NODES, TROUBLE_S)
-    record_property("schedule", str(schedule))
+async def test_whatever_goes_wrong_every_pull_ends_well_once_it_is_over(seed, rng):
+    await live_through(FaultSchedule.draw(rng, NODES, TROUBLE_S), NODES, seed)
+
+
+@pytest.mark.seeds(1)
+async def test_a_larger_swarm_lives_through_it_too(seed, rng):
+    await live_through(FaultSchedule.draw(rng, 24, TROUBLE_S), 24, seed)
+
+
+async def live_through(schedule: FaultSchedule, count: int, seed: int) -> None:
+    """Everybody pulls from the first, while all that happens; and gets it, unless it is gone."""
     print(schedule)  # noqa: T201 - pytest shows it when the test fails
-    async with open_simulated_swarm(NODES, seed=seed, settings=SETTINGS) as swarm:
+    async with open_simulated_swarm(count, seed=seed, settings=SETTINGS) as swarm:
         model = swarm.make_model(bytes_total=6 * MiB)
         holders = {*range(HOLDERS), *schedule.liar_nodes}
         for number in sorted(holders):

@@ -3,7 +3,7 @@
 import pytest
 import trio
 
-from ollamamax_p2p.errors import NoSources, OmxError
+from ollamamax_p2p.errors import NoSources, NotAdmitted, OmxError, PeerUnreachable
 from ollamamax_p2p.testing import (
     Lie,
     NodeDied,
@@ -14,6 +14,7 @@ from ollamamax_p2p.testing import (
     small_steps,
 )
 from ollamamax_p2p.transfer import PullProgress
+from ollamamax_p2p.wire import protocol_ids
 
 MiB = 1024 * 1024
 MB = 1_000_000
@@ -197,6 +198,23 @@ async def test_a_liar_does_not_stop_a_pull_that_has_an_honest_source(seed, lie):
 
 
 @pytest.mark.parametrize("lie", Lie)
+async def test_liars_in_the_majority_do_not_stop_a_pull_either(seed, lie):
+    async with open_simulated_swarm(5, seed=seed, settings=SLOW) as swarm:
+        model = swarm.make_model(bytes_total=8 * MiB)
+        honest, *liars, me = swarm.nodes
+        await hold_all(model, honest, *liars)
+        for liar in liars:  # whose wrong maps are all the same: a conspiracy
+            swarm.trouble()
+            liar.lie(lie)
+        report = await me.pull(model)
+        assert await me.holds(model)
+        assert honest.host.peer_id not in report.banned
+        assert set(report.banned) <= {liar.host.peer_id for liar in liars}
+        if lie is not Lie.NOTHING:
+            assert report.banned
+
+
+@pytest.mark.parametrize("lie", Lie)
 async def test_with_only_liars_left_a_pull_ends_with_a_clear_error_and_resumes(seed, lie):
     async with open_simulated_swarm(3, seed=seed, settings=SLOW) as swarm:
         model = swarm.make_model(bytes_total=8 * MiB)
@@ -251,6 +269,27 @@ async def test_a_hundred_nodes_pull_one_model(seed):
         slowest_s = max(pull.report.seconds for pull in pulls)
         # One after another from the one source it would take 50 s.
         assert slowest_s < 25
+
+
+async def test_a_stranger_without_the_swarms_key_gets_no_connection(seed):
+    async with open_simulated_swarm(2, seed=seed) as swarm:
+        stranger = swarm.network.add_host("stranger", swarm_key=b"another swarm's key".ljust(32))
+        with pytest.raises(PeerUnreachable, match="handshake"):
+            await stranger.connect(swarm.nodes[0].host.addresses)
+
+
+async def test_a_stranger_with_the_key_but_no_membership_gets_nothing(seed):
+    async with open_simulated_swarm(2, seed=seed) as swarm:
+        model = swarm.make_model(bytes_total=2 * MiB)
+        await hold_all(model, swarm.nodes[0])
+        node = swarm.nodes[0].host
+        stranger = swarm.network.add_host("stranger", swarm_key=node.swarm_key)
+        await stranger.connect(node.addresses)
+        for protocol in (protocol_ids.TRANSFER, protocol_ids.MODELS, protocol_ids.PROVIDERS):
+            with pytest.raises(NotAdmitted):
+                await stranger.open_stream(node.peer_id, protocol)
+        await trio.sleep(30)
+        assert stranger.connections() == (), "it proved nothing, so it was shown the door"
 
 
 async def test_a_newcomer_is_served_by_those_that_have_just_finished(seed):

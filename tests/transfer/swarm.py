@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
+import trio
+
 from ollamamax_p2p.content import RamStore
 from ollamamax_p2p.content.core.digest import Digest, digest_of
 from ollamamax_p2p.content.core.manifest import Layer, Manifest, build_manifest
@@ -75,6 +77,17 @@ class Node:
     def id(self) -> PeerId:
         return self.host.peer_id
 
+    def start_fetch(self, nursery: trio.Nursery, data: bytes) -> trio.Event:
+        """Fetch in the background; the event tells that it has succeeded."""
+        done = trio.Event()
+
+        async def fetch() -> None:
+            await self.transfer.fetch(digest_of(data), len(data))
+            done.set()
+
+        nursery.start_soon(fetch)
+        return done
+
 
 class Swarm:
     """Everybody is connected to everybody and admitted."""
@@ -105,7 +118,9 @@ class Swarm:
         **rates: float,
     ) -> Node:
         host = await self.add_host(**rates)
-        return await self.start(host, holding=holding, settings=settings, origin=origin, store=store)
+        return await self.start(
+            host, holding=holding, settings=settings, origin=origin, store=store
+        )
 
     async def start(
         self,
@@ -161,9 +176,7 @@ EvilStream = MessageStream[FromSource, FromFetcher]
 
 
 @asynccontextmanager
-async def open_swarm(
-    seed: int, conditions: LinkConditions | None = None
-) -> AsyncIterator[Swarm]:
+async def open_swarm(seed: int, conditions: LinkConditions | None = None) -> AsyncIterator[Swarm]:
     async with (
         open_simulated_network(
             rng=random.Random(seed), conditions=conditions or LinkConditions()

@@ -45,9 +45,7 @@ async def test_a_blob_of_next_to_nothing_is_a_blob(autojump_clock, seed, size):
 async def test_many_sources_share_the_work(autojump_clock, seed):
     data = some_bytes(24 * MiB)
     async with open_swarm(seed) as swarm:
-        holders = [
-            await swarm.add(holding=[data], upload_bytes_s=100 * MBIT) for _ in range(4)
-        ]
+        holders = [await swarm.add(holding=[data], upload_bytes_s=100 * MBIT) for _ in range(4)]
         me = await swarm.add()
         began = trio.current_time()
         with trio.fail_after(60):
@@ -113,13 +111,11 @@ async def test_a_peer_that_goes_quiet_loses_its_chunks(autojump_clock, seed):
         fast = await swarm.add(holding=[data], upload_bytes_s=2 * MiB)
         me = await swarm.add()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(me.transfer.fetch, digest_of(data), len(data))
+            done = me.start_fetch(nursery, data)
             await trio.sleep(1)
             swarm.network.freeze(quiet.host)
             with trio.fail_after(60):
-                while not await me.store.has(digest_of(data)):
-                    await trio.sleep(1)
-            nursery.cancel_scope.cancel()
+                await done.wait()
         assert fast.transfer.bytes_served > len(data) / 2
 
 

@@ -258,14 +258,13 @@ async def test_a_map_that_does_not_match_its_blob_costs_its_voucher_the_place(
     async with trio.open_nursery() as nursery, open_swarm(seed) as swarm:
         liar = await swarm.add_evil(Liar(map_of(mixed, DIGEST), mixed), claims=[DIGEST])
         me = await swarm.add()
-        nursery.start_soon(me.transfer.fetch, DIGEST, len(DATA))
+        done = me.start_fetch(nursery, DATA)
         await trio.sleep(3)
         assert me.transfer.bans.reasons()[liar.peer_id].startswith("its chunk map")
         assert not await me.store.has(DIGEST)
         honest = await swarm.add(holding=[DATA])
         with trio.fail_after(120):
-            while not await me.store.has(DIGEST):
-                await trio.sleep(1)
+            await done.wait()
         # What the liar had sent right is kept: the honest map verifies it too.
         assert honest.transfer.bytes_served == len(DATA) - 4 * MiB
         reader = await me.store.open(DIGEST)

@@ -212,13 +212,18 @@ async def test_a_peer_that_comes_later_takes_over_from_the_origin(autojump_clock
     origin = origin_with_model(bytes_s=100_000)
     async with trio.open_nursery() as nursery, open_swarm(seed) as swarm:
         me = await swarm.add(origin=origin)
-        nursery.start_soon(_pull, me, lambda state: None)
+        done = trio.Event()
+
+        async def pull() -> None:
+            await me.transfer.pull("some:model")
+            done.set()
+
+        nursery.start_soon(pull)
         await trio.sleep(40)
         assert not await me.store.has(digest_of(WEIGHTS))
         await add_holder(swarm)
         with trio.fail_after(15):
-            while not await me.store.has(digest_of(WEIGHTS)):
-                await trio.sleep(1)
+            await done.wait()
         assert origin.bytes_sent < len(WEIGHTS)
 
 

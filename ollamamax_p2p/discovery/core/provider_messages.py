@@ -54,19 +54,23 @@ class Ask(Message, tag="ask", frozen=True):
     digest: RawHash
 
 
+class AskPeers(Message, tag="ask_peers", frozen=True):
+    """Which members are you connected to? The answer is Holders, drawn at random."""
+
+
 class Holder(Message, tag="holder", frozen=True):
-    """A peer that told the answerer itself that it holds the blob."""
+    """A peer that told the answerer itself that it holds the blob (or is connected to it)."""
 
     addresses: Annotated[list[AddressText], Meta(min_length=1, max_length=ADDRESSES_MAX)]
 
 
 class Holders(Message, tag="holders", frozen=True):
-    """Answer to Ask: best first."""
+    """Answer to Ask, best first, and to AskPeers."""
 
     holders: Annotated[list[Holder], Meta(max_length=HOLDERS_MAX)]
 
 
-Request = Tell | Ask
+Request = Tell | Ask | AskPeers
 Answer = Noted | Holders
 
 request_codec: Codec[Request] = Codec(Request, max_bytes=96 * 1024)

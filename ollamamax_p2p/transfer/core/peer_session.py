@@ -20,7 +20,6 @@ from ollamamax_p2p.transfer.core.messages import (
     PART_BYTES_MIN,
     Cancel,
     Choke,
-    Close,
     FromFetcher,
     FromSource,
     GetMap,
@@ -142,7 +141,7 @@ class PeerSession:
             case Cancel():
                 self._known(message.blob)
                 self._unwant(message.blob, message.chunk)
-            case Close():
+            case _:  # Close
                 self._known(message.blob)
                 del self._opened[message.blob]
                 self._forget_wants(message.blob)

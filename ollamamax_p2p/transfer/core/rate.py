@@ -2,9 +2,9 @@
 
 import math
 
-MEMORY_S = 3.0
-"""What lies this far back weighs 1/e: short enough to see a link change, long enough for chunks of
-16 MiB on a slow one.
+MEMORY_S = 1.0
+"""What lies this far back weighs 1/e: short enough that the first, idle round trip is soon
+forgotten, long enough to even out bursts of a few chunks.
 """
 
 
