@@ -24,7 +24,7 @@ import trio
 
 from ollamamax_p2p.api.client import LocalClient
 from ollamamax_p2p.api.node_file import NODE_FILE_NAME, TOKEN_FILE_NAME
-from ollamamax_p2p.api.served_node import NodeStatus, PeerInfo
+from ollamamax_p2p.api.served_node import NodeStatus
 from ollamamax_p2p.api.settings import ApiSettings
 from ollamamax_p2p.content import ContentSettings
 from ollamamax_p2p.discovery import DiscoverySettings
@@ -70,7 +70,6 @@ class _Machine:
     clock_origin: str
     status: NodeStatus | None
     """Of the running node, if one runs."""
-    peers: tuple[PeerInfo, ...]
 
 
 async def examine_machine(
@@ -84,8 +83,8 @@ async def examine_machine(
     clock_origin: str = CLOCK_ORIGIN,
 ) -> list[Finding]:
     """Examine this machine with these settings. Takes some seconds where there is no network."""
-    status, peers = await _ask_node(data_dir)
-    machine = _Machine(data_dir, content, host, discovery, origin, api, clock_origin, status, peers)
+    status = await _ask_node(data_dir)
+    machine = _Machine(data_dir, content, host, discovery, origin, api, clock_origin, status)
     checks: list[Callable[[_Machine], Awaitable[list[Finding]]]] = [
         *(_in_thread(check) for check in (_versions, _node, _folders, _secrets, _models, _ports)),
         *(_in_thread(check) for check in (_firewall, _file_times)),
@@ -115,12 +114,11 @@ def _in_thread(
     return run
 
 
-async def _ask_node(data_dir: Path) -> tuple[NodeStatus | None, tuple[PeerInfo, ...]]:
+async def _ask_node(data_dir: Path) -> NodeStatus | None:
     try:
-        client = LocalClient.find(data_dir)
-        return await client.status(), await client.peers()
+        return await LocalClient.find(data_dir).status()
     except OmxError:
-        return None, ()
+        return None
 
 
 # -- this machine ------------------------------------------------------------------------------
