@@ -42,7 +42,12 @@ from ollamamax_p2p.content import (
     open_disk_store,
 )
 from ollamamax_p2p.content.core.model_name import ModelName, parse_model_name
-from ollamamax_p2p.discovery import Discovery, forget_remembered_peers, open_discovery
+from ollamamax_p2p.discovery import (
+    Discovery,
+    forget_remembered_peers,
+    has_remembered_peers,
+    open_discovery,
+)
 from ollamamax_p2p.errors import (
     AccessRefused,
     BadConfig,
@@ -221,6 +226,8 @@ class Node:
         self._origin = origin
         self._rng = random.Random(secrets.randbits(128))
         self._session: Session | None = None
+        # One at a time: a second join must see that the first has succeeded.
+        self._moving = trio.Lock()
         self._moves, self._asked_moves = trio.open_memory_channel["_Move[Any]"](0)
         self._opened_at = trio.current_time()
         self._stop = trio.Event()
@@ -376,19 +383,23 @@ class Node:
         node is in another swarm that has other members.
         """
         if len(ticket_or_addresses) == 1 and not ticket_or_addresses[0].startswith("/"):
-            return await self._join_by_ticket(parse_ticket(ticket_or_addresses[0]))
+            ticket = parse_ticket(ticket_or_addresses[0])
+            async with self._moving:
+                return await self._join_by_ticket(ticket)
         addresses = [parse_address(text) for text in ticket_or_addresses]
         if not addresses:
             raise BadConfig("join", "give a ticket or at least one address")
-        return await self._join_by_addresses(addresses)
+        async with self._moving:
+            return await self._join_by_addresses(addresses)
 
     async def leave(self) -> str:
         """Forget the swarm, its keys and its members; models stay. The node is alone then."""
-        if await self._is_alone():
-            return "not in a swarm"
-        await self._now.connections.leave()
-        await self._move(self._start_alone)
-        return "left"
+        async with self._moving:
+            if await self._is_alone():
+                return "not in a swarm"
+            await self._now.connections.leave()
+            await self._move(self._start_alone)
+            return "left"
 
     def request_stop(self) -> None:
         """Ask the node's owner to close it; `wait_for_stop` then returns."""
@@ -409,13 +420,18 @@ class Node:
         return await self._met(peers)
 
     async def _join_by_addresses(self, addresses: Sequence[Address]) -> JoinReport:
-        try:
-            await self._reach_or_enter(addresses)
-        except PeerUnreachable as error:
-            # One with another swarm's key hangs up without a word, as a broken one does.
-            hint = "if it is there, its swarm is private: join with a ticket (`omx invite` there)"
-            raise PeerUnreachable(error.peer, f"{error.problem}; {hint}") from error
-        return await self._met(addresses)
+        """By the first peer of these that can be reached."""
+        trouble = PeerUnreachable("anybody", "no address was given")
+        for peer in dict.fromkeys(address.peer for address in addresses):
+            theirs = [address for address in addresses if address.peer == peer]
+            try:
+                await self._reach_or_enter(theirs)
+                return await self._met([*theirs, *addresses])
+            except PeerUnreachable as error:
+                trouble = error
+        # One with another swarm's key hangs up without a word, as a broken one does.
+        hint = "if it is there, its swarm is private: join with a ticket (`omx invite` there)"
+        raise PeerUnreachable(trouble.peer, f"{trouble.problem}; {hint}") from trouble
 
     async def _reach_or_enter(self, addresses: Sequence[Address]) -> None:
         try:
@@ -447,11 +463,14 @@ class Node:
     async def _is_alone(self) -> bool:
         """Whether nobody else was ever seen in this swarm."""
         session = self._now
+        # Those are hoped for, and known to nobody as members until one is met.
+        hoped_for = {parse_address(text).peer for text in self.config.discovery.bootstrap}
         return not (
             session.connections.peers()
             or session.connections.known_addresses()
-            or session.discovery.known_peers()
+            or set(session.discovery.known_peers()) - hoped_for
             or session.membership.has_admitted
+            or await trio.to_thread.run_sync(has_remembered_peers, self.config.data_dir)
         )
 
     async def _redeem(self, ticket: Ticket) -> tuple[Address, ...]:

@@ -15,7 +15,10 @@ from ollamamax_p2p.discovery.settings import DiscoverySettings
 if TYPE_CHECKING:
     from ollamamax_p2p.discovery.dht import Dht, open_dht
     from ollamamax_p2p.discovery.discovery import Discovery, open_discovery
-    from ollamamax_p2p.discovery.remembered_peers import forget_remembered_peers
+    from ollamamax_p2p.discovery.remembered_peers import (
+        forget_remembered_peers,
+        has_remembered_peers,
+    )
     from ollamamax_p2p.discovery.swarm_providers import SwarmProviders, open_swarm_providers
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "ProviderDirectory",
     "SwarmProviders",
     "forget_remembered_peers",
+    "has_remembered_peers",
     "open_dht",
     "open_discovery",
     "open_swarm_providers",
@@ -37,6 +41,7 @@ _HOME = {
     "open_dht": "dht",
     "Discovery": "discovery",
     "forget_remembered_peers": "remembered_peers",
+    "has_remembered_peers": "remembered_peers",
     "open_discovery": "discovery",
     "SwarmProviders": "swarm_providers",
     "open_swarm_providers": "swarm_providers",

@@ -80,6 +80,11 @@ def save_remembered(data_dir: Path, swarm: str, peers: Sequence[RememberedPeer])
     fresh.replace(path)
 
 
+def has_remembered_peers(data_dir: Path) -> bool:
+    """Whether members of the present swarm were ever met; blocks."""
+    return (data_dir / FILE_NAME).exists()
+
+
 def forget_remembered_peers(data_dir: Path) -> None:
     """Remove the file, if there is one; blocks. For a node that leaves its swarm."""
     (data_dir / FILE_NAME).unlink(missing_ok=True)

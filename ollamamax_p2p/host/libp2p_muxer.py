@@ -105,9 +105,9 @@ class BoundedYamux(Yamux):
 
     async def _close_socket(self) -> None:
         # 0.5 s: a WebSocket says goodbye first.
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 0.5):
-            with contextlib.suppress(Exception):  # it is being thrown away
-                await self.secured_conn.close()
+        scope = trio.CancelScope(shield=True, deadline=trio.current_time() + 0.5)
+        with scope, contextlib.suppress(Exception):  # it is being thrown away
+            await self.secured_conn.close()
 
     # -- life
 

@@ -164,9 +164,8 @@ class Libp2pStream:
             return
         self._closed_here = True
         event = self._conn.stream_events.get(self._muxed.stream_id)
-        with trio.CancelScope(shield=True):
-            with contextlib.suppress(*_FAILURES):
-                await self._net.close()
+        with trio.CancelScope(shield=True), contextlib.suppress(*_FAILURES):
+            await self._net.close()
         if event is not None:
             event.set()
         if not self._other_side_ended:

@@ -182,6 +182,8 @@ class BlobFetch:
 
     async def _complete(self, partial: PartialBlob) -> None:
         """Fetch and commit, with one map after another until one proves right."""
+        absent = sum(end - start for start, end in partial.missing())
+        self.tally.completed = self.size - absent
         while True:
             fill = _Fill(self, partial)
             if partial.missing() or self._votes_against(partial):
@@ -508,6 +510,7 @@ class _Fill:
             self._end(error)
             return
         self._map = chunk_map
+        self._fed_at = trio.current_time()  # hashing what is there may have taken minutes
         download = self._begin_download(chunk_map.offsets, chunk_map.lengths)
         blob = UnfinishedBlob(chunk_map, self._partial, set(download.verified))
         self._services.unfinished.begin(blob)
@@ -748,7 +751,9 @@ class _Fill:
     def _can_go_on(self) -> bool:
         if self._download is not None:
             return self._download.can_go_on()
-        return self._votes.best() is not None
+        # A holder may be building its map: the first time, for a large blob, that takes minutes.
+        unanswered = any(not session.answered for session in self._sessions.values())
+        return unanswered or self._votes.best() is not None
 
 
 def _matches(chunk_map: ChunkMap, chunk: int, parts: list[bytes]) -> bool:

@@ -48,7 +48,7 @@ class Pull:
         from_origin: bool,
         insecure: bool,
     ) -> None:
-        self._name = name
+        self.name = name
         self._store = store
         self._exchange = exchange
         self._origin = origin
@@ -57,11 +57,13 @@ class Pull:
         self._from_origin = from_origin
         self._insecure = insecure
         self._listeners: list[OnProgress] = []
+        self._begin()
+
+    def _begin(self) -> None:
         self._last: PullProgress | None = None
         self._done: dict[Digest, FetchTally] = {}
         self._running: dict[Digest, None] = {}
         self._told: dict[Digest, tuple[object, ...]] = {}
-        self._note = ""
 
     def add_listener(self, listener: OnProgress) -> None:
         """Tell it every state from now on, the present one first."""
@@ -78,39 +80,41 @@ class Pull:
         `fetch` raises.
         """
         began = trio.current_time()
+        self._begin()  # it may be run again by a caller who came as the first run was cancelled
         if not self._store.writable:
             raise StoreReadOnly("that this node uses")
         self._tell(PullProgress(status="pulling manifest"))
         manifest = await self._manifest()
         missing = [blob for blob in manifest.blobs() if not await self._store.has(blob[0])]
         await self._check_room(missing)
+        absent = dict(missing)
         for digest, size in manifest.blobs():
-            if (digest, size) not in missing:
+            if digest not in absent:
                 self._tell_blob(digest, FetchTally(size, completed=size))
         await self._fetch_all(missing)
         self._tell(PullProgress(status="verifying sha256 digest", sources=self._shares()))
         self._tell(PullProgress(status="writing manifest", sources=self._shares()))
-        await self._store.put_manifest(self._name, manifest)
+        await self._store.put_manifest(self.name, manifest)
         self._tell(PullProgress(status="success", sources=self._shares()))
         return self._report(manifest, trio.current_time() - began)
 
     async def _manifest(self) -> Manifest:
         if not self._from_origin:
             try:
-                meaning = await self._exchange.meaning(self._name)
+                meaning = await self._exchange.meaning(self.name)
             except ModelNotFound as error:
                 if self._origin is None:
                     return await self._held_already(error)
             else:
                 if meaning.others:
                     total = meaning.holders + meaning.others
-                    self._note = f"members differ: {meaning.holders} of {total} hold this version"
-                    self._tell(PullProgress(status="pulling manifest", note=self._note))
+                    note = f"members differ: {meaning.holders} of {total} hold this version"
+                    self._tell(PullProgress(status="pulling manifest", note=note))
                 return meaning.manifest
         if self._origin is None:
-            raise ModelNotFound(str(self._name))
+            raise ModelNotFound(str(self.name))
         try:
-            return await self._origin.manifest(self._name, insecure=self._insecure)
+            return await self._origin.manifest(self.name, insecure=self._insecure)
         except (OriginTrouble, ModelNotFound) as error:
             return await self._held_already(error)
 
@@ -119,7 +123,7 @@ class Pull:
         if self._from_origin:
             raise error
         try:
-            manifest = await self._store.manifest(self._name)
+            manifest = await self._store.manifest(self.name)
         except ModelNotFound:
             raise error from None
         self._tell(PullProgress(status="pulling manifest", note=f"kept what is here: {error}"))
@@ -158,7 +162,7 @@ class Pull:
     ) -> None:
         offer = None
         if self._origin is not None:
-            offer = OriginOffer(origin=self._origin, model=self._name, insecure=self._insecure)
+            offer = OriginOffer(origin=self._origin, model=self.name, insecure=self._insecure)
         self._running[digest] = None
         try:
             self._done[digest] = await self._fetch(digest, size, offer)
@@ -219,7 +223,7 @@ class Pull:
     def _report(self, manifest: Manifest, seconds: float) -> PullReport:
         tallies = self._tallies()
         return PullReport(
-            model=str(self._name),
+            model=str(self.name),
             manifest_digest=manifest.digest,
             bytes_total=manifest.size,
             bytes_fetched=sum(tally.fetched for tally in tallies),

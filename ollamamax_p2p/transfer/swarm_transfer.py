@@ -69,7 +69,7 @@ class Transfer:
 
     def pulls(self) -> tuple[str, ...]:
         """The models that are being pulled now."""
-        return tuple(self._pulls)
+        return tuple(str(pull.name) for pull in self._pulls.values())
 
     async def pull(
         self,
@@ -91,7 +91,7 @@ class Transfer:
         model = parse_model_name(name) if isinstance(name, str) else name
         pull = self._pulls.get(model.key)
         if pull is None:
-            pull = Pull(
+            pull = self._pulls[model.key] = Pull(
                 model,
                 store=self._services.store,
                 exchange=self._exchange,
@@ -118,7 +118,8 @@ class Transfer:
             self._report("pull.failed", model=str(model), error=code(error), message=str(error))
             raise
         finally:
-            del self._pulls[model.key]
+            if self._pulls.get(model.key) is pull:
+                del self._pulls[model.key]
         self._report(
             "pull.finished",
             model=str(model),

@@ -127,6 +127,20 @@ async def test_a_receiver_shares_its_download_between_senders(autojump_clock, ne
     assert trio.current_time() - start == pytest.approx(2, rel=0.05)
 
 
+async def test_with_a_tick_messages_arrive_at_its_multiples_and_not_a_tick_later(
+    autojump_clock, network
+):
+    here, there = add_host(network, "here"), add_host(network, "there")
+    network.set_link(here, there, LinkConditions(latency_s=0.01, jitter_s=0, tick_s=0.01))
+    await here.connect(there.addresses)
+    stream = await here.open_stream(there.peer_id, ECHO)
+    for _ in range(100):
+        start = trio.current_time()
+        await stream.send_all(b".")
+        await stream.receive_some()
+        assert trio.current_time() - start == pytest.approx(0.02)
+
+
 async def test_bytes_are_counted_at_both_hosts(autojump_clock, network):
     source, target = add_host(network, "source"), add_host(network, "target")
     await seconds_to_send(source, target, 3 * MB)

@@ -8,10 +8,12 @@ import pytest
 import trio
 import zeroconf
 
-from ollamamax_p2p.discovery import DiscoverySettings
+from ollamamax_p2p.content.core.digest import digest_of
+from ollamamax_p2p.discovery import DiscoverySettings, open_discovery
 from ollamamax_p2p.discovery.core.mdns_records import service_type
 from ollamamax_p2p.discovery.mdns import CLOSE_S, open_mdns
-from ollamamax_p2p.identity import parse_address, peer_id_of
+from ollamamax_p2p.host import HostSettings, open_connections, open_libp2p_host
+from ollamamax_p2p.identity import Membership, parse_address, peer_id_of
 
 pytestmark = pytest.mark.network
 
@@ -123,3 +125,50 @@ async def test_it_closes_in_time():
             assert mdns.trouble == ""
             closing = trio.current_time()
     assert trio.current_time() - closing < CLOSE_S + 5  # a busy machine; a hang would be endless
+
+
+@asynccontextmanager
+async def whole_node(number: int, membership: Membership, *, open_swarm: bool = False):
+    """A real host with connections and all of discovery."""
+    loopback = HostSettings(listen=("/ip4/127.0.0.1/tcp/0",))
+    async with (
+        open_libp2p_host(bytes([number]) * 32, loopback, swarm_key=membership.swarm_key) as host,
+        open_connections(
+            host,
+            membership,
+            loopback,
+            rng=random.Random(number),
+            feed=None,
+            agent="test",
+            wall_clock=lambda: 0.0,
+        ) as connections,
+        open_discovery(
+            host,
+            connections,
+            membership.mdns_fingerprint(),
+            SETTINGS,
+            data_dir=None,
+            libp2p=host.libp2p,
+            rng=random.Random(number),
+            feed=None,
+            wall_clock=lambda: 0.0,
+            open_swarm=open_swarm,
+        ) as discovery,
+    ):
+        yield connections, discovery
+
+
+async def test_two_nodes_without_any_address_link_and_find_each_others_blobs():
+    membership = Membership.create(None)
+    async with (
+        whole_node(1, membership) as (_, one),
+        whole_node(2, membership) as (connections, other),
+    ):
+        blob = digest_of(b"a blob")
+        await one.providers.announce([blob])
+        with trio.fail_after(BUDGET_S):
+            while not await other.providers.find(blob):  # noqa: ASYNC110 - no event
+                await trio.sleep(0.1)
+        assert len(connections.peers()) == 1
+        assert other.mdns_state == "on"
+        assert len(other.known_peers()) == 1

@@ -73,7 +73,7 @@ async def until_peers(node: Node, *others: Node) -> None:
     """Wait until these are the node's peers."""
     wanted = {other.peer_id for other in others}
     with trio.fail_after(BUDGET_S):
-        while await peer_ids(node) != wanted:
+        while await peer_ids(node) != wanted:  # noqa: ASYNC110 - as above
             await trio.sleep(0.02)
 
 

@@ -7,7 +7,6 @@ import trio
 
 from ollamamax_p2p.errors import (
     BadConfig,
-    BlobNotFound,
     DataDirInUse,
     ModelNotFound,
     NetworkTrouble,
@@ -156,16 +155,14 @@ async def test_what_is_removed_is_announced_no_more(tmp_path):
         await a.import_model(file, "tiny")
         weights = (await a.show("tiny")).layers[1].digest
 
-        async def holders():
-            return list(await b._now.discovery.providers.find(weights))
+        async def until_found_at(*holders):
+            find = b._now.discovery.providers.find
+            while list(await find(weights)) != list(holders):  # noqa: ASYNC110 - told to nobody
+                await trio.sleep(0.02)
 
-        with trio.fail_after(20):
-            while await holders() != [a.peer_id]:
-                await trio.sleep(0.02)
+        await until_found_at(a.peer_id)
         await a.remove("tiny")
-        with trio.fail_after(20):
-            while await holders():
-                await trio.sleep(0.02)
+        await until_found_at()
         with pytest.raises(ModelNotFound):
             await b.pull("tiny")
 
@@ -385,3 +382,51 @@ async def test_addresses_that_cannot_be_read_are_refused_before_anything_moves(t
             with pytest.raises(OmxError):
                 await node.join(wrong)
         assert node._now is session
+
+
+async def test_of_several_peers_the_first_that_answers_is_the_way_in(tmp_path):
+    async with (
+        node_at(tmp_path / "a", open_swarm=True) as a,
+        node_at(tmp_path / "gone") as gone,
+        node_at(tmp_path / "b") as b,
+    ):
+        addresses = [str(gone.addresses[0]), str(a.addresses[0])]
+        report = await b.join(addresses)
+        assert report.peers == (a.peer_id,)
+
+
+async def test_a_bootstrap_peer_that_was_never_met_does_not_bar_a_join(tmp_path):
+    async with node_at(tmp_path / "a") as a:
+        hoped_for = str(a.addresses[0])
+        flags = {"discovery.bootstrap": [hoped_for]}
+        async with node_at(tmp_path / "b", **flags) as b:
+            await until(b._now.discovery.known_peers)
+            await joined(b, a)
+            swarm = await swarm_of(a)
+    async with node_at(tmp_path / "c") as c, node_at(tmp_path / "b", **flags) as b:
+        # Once it was met, though, this is a swarm to be left on purpose only.
+        with pytest.raises(BadConfig, match="leave it first"):
+            await b.join([await ticket_of(c)])
+        assert await swarm_of(b) == swarm
+
+
+async def test_of_two_joins_at_once_one_wins_and_the_other_is_told(tmp_path):
+    async with (
+        node_at(tmp_path / "a") as a,
+        node_at(tmp_path / "b") as b,
+        node_at(tmp_path / "c") as c,
+    ):
+        outcomes = []
+
+        async def join(ticket):
+            try:
+                outcomes.append((await c.join([ticket])).swarm_id)
+            except OmxError as error:
+                outcomes.append(type(error))
+
+        tickets = [await ticket_of(a), await ticket_of(b)]
+        async with trio.open_nursery() as nursery:
+            for ticket in tickets:
+                nursery.start_soon(join, ticket)
+        assert BadConfig in outcomes
+        assert await swarm_of(c) in outcomes

@@ -158,6 +158,38 @@ def test_what_a_partial_holder_gets_is_not_asked_of_the_seed_any_more():
     assert download.part_arrived("seed", second, 0, MiB, now=1) is Arrival.STRAY
 
 
+def test_those_who_fetch_from_one_seed_ask_it_for_different_chunks():
+    asked = {}
+    for own in "abcd":
+        download = Download(
+            [MiB] * 40, present=[], settings=TransferSettings(), rng=random.Random(1), own=own
+        )
+        download.source_added("seed", now=0)
+        for other in set("abcd") - {own}:
+            download.source_added(other, has=[], choked=True, now=0)
+        asked[own] = []
+        for _ in range(10):
+            [chunk] = asked_of(download.decide(now=0), "seed")
+            deliver(download, "seed", chunk)
+            asked[own].append(chunk)
+    assert sorted(chunk for chunks in asked.values() for chunk in chunks) == list(range(40))
+
+
+def test_who_has_done_its_own_part_takes_of_the_others():
+    download = Download(
+        [MiB] * 4, present=[0, 2], settings=TransferSettings(), rng=random.Random(1), own="a"
+    )
+    download.source_added("seed", now=0)
+    download.source_added("b", has=[], now=0)
+    assert asked_of(download.decide(now=0), "seed")[0] in (1, 3)
+    rarer = Download(
+        [MiB] * 4, present=[], settings=TransferSettings(), rng=random.Random(1), own="a"
+    )
+    rarer.source_added("b", has=[0, 2], choked=True, now=0)
+    rarer.source_added("seed", now=0)
+    assert asked_of(rarer.decide(now=0), "seed")[0] in (1, 3)
+
+
 def test_a_choked_holder_is_no_reason_to_spare_a_seed():
     download = begin(2)
     download.source_added("seed", now=0)

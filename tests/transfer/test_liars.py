@@ -234,6 +234,32 @@ async def test_a_banned_peer_is_not_asked_for_the_next_blob(autojump_clock, seed
         assert len(asked) == 1
 
 
+class NeverAnswers(Liar):
+    async def have(self, stream, message):
+        pass
+
+
+async def test_peers_that_never_answer_end_the_fetch_by_name_after_all(autojump_clock, seed):
+    async with open_swarm(seed) as swarm:
+        await swarm.add_evil(NeverAnswers(map_of(DATA, DIGEST)), claims=[DIGEST])
+        me = await swarm.add()
+        with trio.fail_after(700), pytest.raises(NoSources):
+            await me.transfer.fetch(DIGEST, len(DATA))
+
+
+async def test_a_holder_that_has_to_build_its_map_first_is_waited_for(autojump_clock, seed):
+    class Slow(Liar):
+        async def have(self, stream, message):
+            await trio.sleep(150)
+            await super().have(stream, message)
+
+    async with open_swarm(seed) as swarm:
+        await swarm.add_evil(Slow(map_of(DATA, DIGEST)), claims=[DIGEST])
+        me = await swarm.add()
+        with trio.fail_after(300):
+            await me.transfer.fetch(DIGEST, len(DATA))
+
+
 @pytest.mark.parametrize("lie", [SendsNothing, SendsNoMap])
 async def test_a_source_that_promises_and_sends_nothing_is_left_alone(
     autojump_clock, seed, caplog, lie

@@ -108,10 +108,34 @@ async def test_two_pulls_of_one_model_are_one(autojump_clock, seed):
                 for states in told:
                     nursery.start_soon(_pull, me, states.append)
                     await trio.sleep(0.5)
-                assert me.transfer.pulls() == ("registry.ollama.ai/library/some:model",)
+                assert me.transfer.pulls() == ("some:model",)
         assert holder.transfer.bytes_served == sum(map(len, BLOBS))
     assert told[0][-1] == told[1][-1]
     assert told[1][-1].status == "success"
+
+
+async def test_two_callers_in_the_same_moment_are_told_the_same(autojump_clock, seed):
+    told = [], []
+    async with open_swarm(seed) as swarm:
+        await add_holder(swarm)
+        me = await swarm.add()
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for states in told:
+                    nursery.start_soon(_pull, me, states.append)
+        assert told[0] == told[1]
+        assert me.transfer.pulls() == ()
+
+
+async def test_a_pull_that_begins_while_the_last_one_is_being_cancelled(autojump_clock, seed):
+    async with open_swarm(seed) as swarm:
+        await add_holder(swarm, upload_bytes_s=4 * MiB)
+        me = await swarm.add()
+        with trio.fail_after(60):
+            with trio.move_on_after(1):
+                await me.transfer.pull("some:model")
+            report = await me.transfer.pull("some:model")
+        assert 0 < report.bytes_fetched < report.bytes_total
 
 
 async def _pull(node, on_progress):

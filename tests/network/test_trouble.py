@@ -1,0 +1,279 @@
+"""A machine that is not as it should be: one line each, saying what, where and what to do."""
+
+import hashlib
+import json
+import os
+import random
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+
+from ollamamax_p2p.errors import TicketExpired
+from ollamamax_p2p.host import HostSettings, open_connections, open_libp2p_host
+from ollamamax_p2p.identity import Membership
+from tests.network.processes import (
+    error_line,
+    fill,
+    loopback_only,
+    no_network,
+    omx,
+    read_only,
+    small_disk,
+    up,
+)
+from tests.node.nodes import MiB, model_file, node_at, tree_of
+
+pytestmark = pytest.mark.network
+
+NAME = "tiny"
+
+
+@pytest.fixture(autouse=True)
+async def deadline():
+    with trio.fail_after(150):
+        yield
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+# -- the disk ----------------------------------------------------------------------------------
+
+
+@pytest.mark.counterpart
+async def test_a_disk_that_fills_up_during_a_pull_is_named_and_the_pull_resumes(tmp_path):
+    seed = tmp_path / "seed"
+    file = model_file(tmp_path / "m.safetensors", size=96 * MiB)
+    with small_disk(tmp_path / "disk", 112 * MiB) as disk:
+        async with up(seed) as announced:
+            assert (await omx(seed, "import", str(file), NAME)).code == 0
+            ticket = announced["invitation"]["ticket"]
+            models = {"OMX_MODELS": str(disk / "models")}
+            async with up(tmp_path / "puller", "join", ticket, **models):
+                async with trio.open_nursery() as nursery:
+                    ballast = await nursery.start(_fill_when_bytes_arrive, disk)
+                    ended = await omx(tmp_path / "puller", "pull", NAME, **models)
+                    nursery.cancel_scope.cancel()
+                told = error_line(ended)
+                assert ended.code == 4
+                assert f"not enough room in {disk / 'models'}" in told
+                assert "run the same command again, it resumes" in told
+                assert tree_of(disk / "models" / "blobs") == {}
+                assert not list((disk / "models" / "manifests").rglob("latest"))
+                ballast[0].unlink()
+                ended = await omx(tmp_path / "puller", "pull", NAME, "--json", **models)
+                assert ended.code == 0, ended.err
+                report = json.loads(ended.out.splitlines()[-1])["report"]
+                assert report["bytes_fetched"] < report["bytes_total"] - MiB
+        for blob in (disk / "models" / "blobs").iterdir():
+            assert blob.name == f"sha256-{hashlib.sha256(blob.read_bytes()).hexdigest()}"
+        assert list((disk / "models" / "manifests").rglob("latest"))
+
+
+async def _fill_when_bytes_arrive(disk: Path, *, task_status) -> None:
+    ballast: list[Path] = []
+    task_status.started(ballast)
+    while _written(disk) < 4 * MiB:  # noqa: ASYNC110 - a file grows in another process
+        await trio.sleep(0.005)
+    ballast.append(fill(disk))
+
+
+def _written(disk: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in disk.rglob("sha256-*") if path.is_file())
+
+
+@pytest.mark.counterpart
+async def test_too_little_room_is_said_before_the_first_byte(tmp_path):
+    file = model_file(tmp_path / "m.safetensors", size=8 * MiB)
+    with small_disk(tmp_path / "disk", 4 * MiB) as disk:
+        async with up(tmp_path / "seed") as announced:
+            assert (await omx(tmp_path / "seed", "import", str(file), NAME)).code == 0
+            ticket = announced["invitation"]["ticket"]
+            models = {"OMX_MODELS": str(disk / "models")}
+            async with up(tmp_path / "puller", "join", ticket, **models):
+                ended = await omx(tmp_path / "puller", "pull", NAME, **models)
+                assert (ended.code, _written(disk)) == (4, 0)
+                assert f"not enough room in {disk / 'models'}" in error_line(ended)
+        ended = await omx(tmp_path / "alone", "import", str(file), NAME, **models)
+        assert (ended.code, _written(disk)) == (4, 0)
+        assert f"not enough room in {disk / 'models'}" in error_line(ended)
+
+
+@pytest.mark.counterpart
+async def test_a_join_that_cannot_be_saved_leaves_the_old_swarm_on_disk(tmp_path):
+    with small_disk(tmp_path / "b", MiB) as disk:
+        async with node_at(tmp_path / "a") as a, node_at(disk) as b:
+            swarm, ticket = (await b.status()).swarm_id, (await a.invite()).ticket
+            record = (disk / "data" / "swarm").read_bytes()
+            ballast = fill(disk)
+            with pytest.raises(Exception, match="not enough room"):
+                await b.join([ticket])
+            assert (await b.status()).swarm_id == swarm
+            assert (disk / "data" / "swarm").read_bytes() == record
+            ballast.unlink()
+            report = await b.join([ticket])  # the same one, by the same node
+            assert report.swarm_id == (await a.status()).swarm_id
+
+
+@pytest.mark.counterpart
+async def test_a_store_that_cannot_be_written_is_named_and_still_served(tmp_path):
+    file = model_file(tmp_path / "m.safetensors")
+    source = tmp_path / "source"
+    assert (await omx(tmp_path / "maker", "import", str(file), "old", OMX_MODELS=str(source))).code == 0
+    (tmp_path / "Modelfile").write_text("FROM old")
+    with read_only(source, tmp_path / "models") as models:
+        before = tree_of(models)
+        store = {"OMX_MODELS": str(models)}
+        async with up(tmp_path / "seed", OMX_MODELS=str(tmp_path / "other")) as announced:
+            assert (await omx(tmp_path / "seed", "import", str(file), NAME)).code == 0
+            ticket = announced["invitation"]["ticket"]
+            async with up(tmp_path / "d", "join", ticket, **store):
+                for line in (
+                    ("pull", NAME),
+                    ("import", str(file), "new"),
+                    ("create", "new", "-f", str(tmp_path / "Modelfile")),
+                    ("cp", "old", "new"),
+                    ("rm", "old"),
+                ):
+                    ended = await omx(tmp_path / "d", *line, **store)
+                    assert ended.code == 4, line
+                    told = error_line(ended)
+                    assert f"{models} is read-only" in told, line
+                    assert "--models" in told
+                assert "old:latest" in (await omx(tmp_path / "d", "list", **store)).out
+            # And with the node's own partial files in a folder that could be written.
+            assert (await omx(tmp_path / "d", "pull", NAME, **store)).code == 4
+        assert tree_of(models) == before
+
+
+@pytest.mark.counterpart
+async def test_a_data_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "source").mkdir()
+    with read_only(tmp_path / "source", tmp_path / "ro") as folder:
+        for line in (("up",), ("pull", NAME), ("list",)):
+            ended = await omx(folder / "data", *line)
+            assert ended.code == 4
+            assert f"cannot write {folder / 'data'}" in error_line(ended)
+
+
+async def test_a_file_in_the_place_of_the_data_folder_is_named(data):
+    data.write_text("not a folder")
+    ended = await omx(data, "up")
+    assert ended.code == 4
+    told = error_line(ended)
+    assert str(data) in told
+    assert "permission" not in told
+    assert data.read_text() == "not a folder"
+
+
+async def test_a_key_that_others_can_read_is_named_with_the_command_that_mends_it(data):
+    assert (await omx(data, "list")).code == 0
+    for name in ("node-key", "swarm"):
+        (data / name).chmod(0o644)
+        ended = await omx(data, "up")
+        assert ended.code == 4
+        assert f"chmod 600 '{data / name}'" in error_line(ended)
+        (data / name).chmod(0o600)
+    assert (await omx(data, "list")).code == 0
+
+
+# -- ports -------------------------------------------------------------------------------------
+
+
+async def test_a_taken_port_is_named_with_the_flag_that_chooses_another(data):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for setting, value, flag in (
+            ("OMX_LISTEN", f"/ip4/127.0.0.1/tcp/{port}", "--listen"),
+            ("OMX_LISTEN", f"/ip4/0.0.0.0/tcp/{port}", "--listen"),
+            ("OMX_API", f"127.0.0.1:{port}", "--api"),
+        ):
+            ended = await omx(data, "up", **{setting: value})
+            assert ended.code == 4
+            told = error_line(ended)
+            assert f"{value} is already in use" in told
+            assert flag in told
+            assert not (data / "node.json").exists()
+
+
+# -- the clock ---------------------------------------------------------------------------------
+
+NOW = 1_790_000_000.0
+HOUR = 3_600.0
+
+
+@pytest.mark.parametrize(
+    ("jumps", "good"),
+    [
+        ([0], True),
+        ([-30], True),  # what NTP mends
+        ([2 * HOUR], False),
+        ([2 * HOUR, 0], False),  # it has been later: the ticket's time does not come back
+        ([-2 * HOUR], False),  # a machine that woke without its clock
+        ([-2 * HOUR, 0], True),  # and then got it back
+    ],
+)
+async def test_a_clock_that_jumps_gives_no_ticket_more_time(tmp_path, jumps, good):
+    clock = [NOW]
+    membership = Membership.create(tmp_path / "swarm")
+    settings = HostSettings(listen=("/ip4/127.0.0.1/tcp/0",))
+
+    def connected(host, membership):
+        return open_connections(
+            host, membership, settings, rng=random.Random(1), feed=None, agent="test",
+            wall_clock=lambda: clock[0],
+        )  # fmt: skip
+
+    async with (
+        open_libp2p_host(b"a" * 32, settings, swarm_key=membership.swarm_key) as issuer,
+        connected(issuer, membership),
+        open_libp2p_host(b"b" * 32, settings, swarm_key=membership.swarm_key) as guest,
+        connected(guest, None) as connections,
+    ):
+        ticket = membership.issue(issuer.addresses, uses=1, lifetime_s=int(HOUR), now=NOW)
+        for jump in jumps[:-1]:
+            clock[0] = NOW + jump
+            with pytest.raises(TicketExpired):
+                await connections.redeem(ticket)
+        clock[0] = NOW + jumps[-1]
+        if good:
+            assert (await connections.redeem(ticket)).issuer == issuer.peer_id
+        else:
+            with pytest.raises(TicketExpired, match=r"expired at 2026-"):
+                await connections.redeem(ticket)
+
+
+# -- the network -------------------------------------------------------------------------------
+
+
+@pytest.mark.counterpart
+async def test_without_any_network_a_pull_says_that_nobody_can_be_asked(data):
+    ended = await omx(
+        data, "pull", NAME, within=no_network(), OMX_ORIGIN_ENABLED="1", OMX_LISTEN=None,
+        OMX_NO_MDNS=None, OMX_ORIGIN_TRIES="2",
+    )  # fmt: skip
+    told = error_line(ended)
+    assert ended.code == 5
+    assert "registry.ollama.ai" in told
+    assert tree_of(data / "models") == {}
+
+
+@pytest.mark.counterpart
+async def test_without_multicast_a_node_says_so_and_runs(data):
+    async with up(data, within=loopback_only(), OMX_NO_MDNS=None, OMX_LISTEN=None) as announced:
+        assert announced["status"]["mdns"].startswith("no multicast on this machine")
+        assert announced["status"]["addresses"]
+        told = announced["stderr"].read_text().splitlines()
+        assert len(told) <= 1
+
+
+@pytest.mark.counterpart
+async def test_a_node_starts_without_any_interface(data):
+    async with up(data, within=no_network(), OMX_NO_MDNS=None, OMX_LISTEN=None) as announced:
+        assert announced["status"]["peer_id"]
