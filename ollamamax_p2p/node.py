@@ -7,6 +7,7 @@ exactly what real nodes run.
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -55,6 +56,7 @@ from ollamamax_p2p.errors import (
     NotAdmitted,
     OmxError,
     PeerUnreachable,
+    StoreDamaged,
     first_named,
 )
 from ollamamax_p2p.host import (
@@ -642,7 +644,10 @@ def _data_dir_of_our_own(path: Path) -> Iterator[None]:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise AccessRefused(str(path), "write") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise AccessRefused(str(path), "write") from error
+        problem = f"this cannot be a data folder ({error.strerror}); give another --data-dir"
+        raise StoreDamaged(str(path), problem) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -104,6 +104,10 @@ class BlobStore(Protocol):
     def writable(self) -> bool:
         """False if the folder can only be read; then every writing method raises StoreReadOnly."""
 
+    @property
+    def place(self) -> str:
+        """Where it is, for errors: the folder."""
+
     # blobs
     async def has(self, digest: Digest) -> bool:
         """Whether the whole blob is here."""

@@ -131,6 +131,11 @@ class DiskStore:
         """See BlobStore."""
         return self._writable
 
+    @property
+    def place(self) -> str:
+        """See BlobStore."""
+        return str(self.folder)
+
     def _check_writable(self) -> None:
         if not self._writable:
             raise StoreReadOnly(str(self.folder))

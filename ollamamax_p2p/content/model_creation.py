@@ -111,7 +111,7 @@ async def _create(
     where: str | None,
 ) -> Manifest:
     if not store.writable:
-        raise StoreReadOnly(f"for {name}")
+        raise StoreReadOnly(store.place)
     draft = _Draft([], {})
     for origin in modelfile.origins:
         await _add_origin(store, draft, origin, base_dir, resolve_model, where)

@@ -58,6 +58,11 @@ class RamStore:
         """False if it was made so."""
         return self._writable
 
+    @property
+    def place(self) -> str:
+        """See BlobStore."""
+        return _WHERE
+
     def _check_writable(self) -> None:
         if not self._writable:
             raise StoreReadOnly(_WHERE)

@@ -219,7 +219,7 @@ async def open_mdns(
         responder = await trio.to_thread.run_sync(
             _Responder, settings.mdns_interfaces, service_type(fingerprint), name
         )
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no interface has an address
         _log.warning("multicast DNS does not work, peers on this network are not found: %s", error)
         mdns.trouble = f"no multicast on this machine ({error})"
         unavailable(mdns.trouble)

@@ -82,7 +82,7 @@ class Pull:
         began = trio.current_time()
         self._begin()  # it may be run again by a caller who came as the first run was cancelled
         if not self._store.writable:
-            raise StoreReadOnly("that this node uses")
+            raise StoreReadOnly(self._store.place)
         self._tell(PullProgress(status="pulling manifest"))
         manifest = await self._manifest()
         missing = [blob for blob in manifest.blobs() if not await self._store.has(blob[0])]
@@ -135,7 +135,7 @@ class Pull:
         needed = sum(size for digest, size in missing if digest not in begun)
         free = await self._store.free_bytes()
         if needed > free:
-            raise StoreFull("the model store", needed, free)
+            raise StoreFull(self._store.place, needed, free)
 
     async def _fetch_all(self, missing: list[tuple[Digest, int]]) -> None:
         failures: list[OmxError] = []
