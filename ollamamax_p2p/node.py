@@ -316,11 +316,12 @@ class Node:
         """Give a model a second name. Raises BadName, ModelNotFound, StoreReadOnly."""
         to = parse_model_name(destination)
         await self._store.put_manifest(to, await self._store.manifest(parse_model_name(source)))
+        await self._now.transfer.announce(to)
 
     async def remove(self, name: str) -> None:
         """Remove a name, and the blobs that no other needs. Raises BadName, ModelNotFound."""
-        removed = await self._store.remove_manifest(parse_model_name(name))
-        await self._now.discovery.providers.withdraw(removed)
+        parsed = parse_model_name(name)
+        await self._now.transfer.withdraw(parsed, await self._store.remove_manifest(parsed))
 
     async def pull(
         self,
@@ -356,8 +357,7 @@ class Node:
         return await self._announced(parsed)
 
     async def _announced(self, name: ModelName) -> ModelInfo:
-        manifest = await self._store.manifest(name)
-        await self._now.discovery.providers.announce([digest for digest, _ in manifest.blobs()])
+        await self._now.transfer.announce(name)
         return next(model for model in await self.models() if model.name == str(name))
 
     # -- the swarm -----------------------------------------------------------------------------

@@ -220,7 +220,11 @@ async def open_mdns(
             _Responder, settings.mdns_interfaces, service_type(fingerprint), name
         )
     except (OSError, RuntimeError) as error:  # RuntimeError: no interface has an address
-        _log.warning("multicast DNS does not work, peers on this network are not found: %s", error)
+        _log.warning(
+            "multicast DNS does not work, peers on this network are not found (%s); "
+            "join with a ticket, or name peers with --bootstrap",
+            error,
+        )
         mdns.trouble = f"no multicast on this machine ({error})"
         unavailable(mdns.trouble)
         yield mdns

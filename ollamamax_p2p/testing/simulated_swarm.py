@@ -165,9 +165,10 @@ class SimulatedNode:
 
     async def hold(self, model: SimulatedModel) -> None:
         """Have the model as if it had been imported, and tell the others. Raises NodeDied."""
-        digests = [await self.store.put(blob) for blob in model.blobs]
+        for blob in model.blobs:
+            await self.store.put(blob)
         await self.store.put_manifest(model.name, model.manifest)
-        await self._alive.discovery.providers.announce(digests)
+        await self.transfer.announce(model.name)
 
     async def holds(self, model: SimulatedModel) -> bool:
         """Whether the model is whole in its store."""
@@ -268,9 +269,6 @@ class SimulatedNode:
                     self._services = services
                     if self.liar is not None:
                         self.host.set_handler(protocol_ids.TRANSFER, self.liar.answer)
-                    await services.discovery.providers.announce(
-                        [*await self.store.blobs(), *await self.store.partials()]
-                    )
                     task_status.started()
                     await trio.sleep_forever()
         finally:

@@ -10,11 +10,14 @@ import trio
 from msgspec import Meta
 
 from ollamamax_p2p.content import BlobStore
+from ollamamax_p2p.content.core.digest import Digest, digest_of
 from ollamamax_p2p.content.core.manifest import MANIFEST_BYTES_MAX, Manifest, parse_manifest
 from ollamamax_p2p.content.core.model_name import ModelName, parse_model_name
+from ollamamax_p2p.discovery import ProviderDirectory
 from ollamamax_p2p.errors import (
     MalformedMessage,
     ModelNotFound,
+    NoSources,
     OmxError,
     PeerMisbehaved,
 )
@@ -30,6 +33,11 @@ ASKED_MAX = 64
 
 ANSWER_S = 5.0
 """How long members are waited for: a manifest is some KB, read from a file."""
+
+LAGGARDS_S = 0.5
+"""How long the rest is waited for once one has answered: a frozen member must not delay every
+pull.
+"""
 
 
 class AskManifest(Message, tag="ask_manifest", frozen=True):
@@ -66,9 +74,13 @@ async def open_models_exchange(
     host: PeerHost,
     store: BlobStore,
     connected_peers: Callable[[], Sequence[PeerId]],
+    providers: ProviderDirectory,
     on_misbehaviour: Callable[[PeerId, PeerMisbehaved], None],
 ) -> AsyncIterator["ModelsExchange"]:
-    """Ask and answer for as long as the block is open."""
+    """Ask and answer for as long as the block is open.
+
+    providers: finds holders beyond the connected peers; models are announced there by `model_key`.
+    """
     from ollamamax_p2p.host import open_requests
 
     async def answer(peer: PeerId, question: AskManifest) -> HeldManifest:
@@ -77,7 +89,12 @@ async def open_models_exchange(
     async with open_requests(
         host, protocol_ids.MODELS, requests=_questions, answers=_answers, answer=answer
     ) as requests:
-        yield ModelsExchange(requests, connected_peers, on_misbehaviour)
+        yield ModelsExchange(requests, connected_peers, providers, on_misbehaviour)
+
+
+def model_key(name: ModelName) -> Digest:
+    """Under which a model's holders are announced and found, as if its name were a blob."""
+    return digest_of(b"omx model 1\0" + name.key.encode())
 
 
 async def _held(store: BlobStore, name: ModelName) -> HeldManifest:
@@ -93,24 +110,48 @@ class ModelsExchange:
         self,
         requests: "Requests[AskManifest, HeldManifest]",
         connected_peers: Callable[[], Sequence[PeerId]],
+        providers: ProviderDirectory,
         on_misbehaviour: Callable[[PeerId, PeerMisbehaved], None],
     ) -> None:
         self._requests = requests
         self._connected_peers = connected_peers
+        self._providers = providers
         self._on_misbehaviour = on_misbehaviour
 
     async def meaning(self, name: ModelName) -> Meaning:
         """What most members take it to mean; of two that are held equally often the one stored
-        last. Raises ModelNotFound if nobody knows it.
+        last. The connected members are asked; if none knows it, those that are said to hold it.
+
+        Raises ModelNotFound if nobody knows it, NoSources if there was nobody to ask.
         """
-        held: dict[PeerId, HeldManifest] = {}
-        with trio.move_on_after(ANSWER_S):
-            async with trio.open_nursery() as nursery:
-                for peer in list(self._connected_peers())[:ASKED_MAX]:
-                    nursery.start_soon(self._ask, peer, name, held)
+        neighbours = list(self._connected_peers())[:ASKED_MAX]
+        held = await self._ask_all(neighbours, name)
+        asked = set(neighbours)
+        if not held:
+            further = [p for p in await self._providers.find(model_key(name)) if p not in asked]
+            held = await self._ask_all(further, name)
+            asked.update(further)
+        if not asked:
+            raise NoSources(str(name), "no member of the swarm can be reached; see `omx peers`")
         return choose(name, [answer for _, answer in sorted(held.items())])
 
-    async def _ask(self, peer: PeerId, name: ModelName, held: dict[PeerId, HeldManifest]) -> None:
+    async def _ask_all(
+        self, peers: Sequence[PeerId], name: ModelName
+    ) -> dict[PeerId, HeldManifest]:
+        held: dict[PeerId, HeldManifest] = {}
+        with trio.move_on_after(ANSWER_S) as waiting:
+            async with trio.open_nursery() as nursery:
+                for peer in peers:
+                    nursery.start_soon(self._ask, peer, name, held, waiting)
+        return held
+
+    async def _ask(
+        self,
+        peer: PeerId,
+        name: ModelName,
+        held: dict[PeerId, HeldManifest],
+        waiting: trio.CancelScope,
+    ) -> None:
         try:
             answer = await self._requests.ask(peer, AskManifest(name=name.full()))
             parse_manifest(answer.raw)
@@ -120,6 +161,7 @@ class ModelsExchange:
             return  # it does not know the name, or cannot be asked: the others can
         else:
             held[peer] = answer
+            waiting.deadline = min(waiting.deadline, trio.current_time() + LAGGARDS_S)
 
 
 def choose(name: ModelName, answers: Sequence[HeldManifest]) -> Meaning:

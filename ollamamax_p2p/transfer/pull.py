@@ -13,7 +13,7 @@ from ollamamax_p2p.content import BlobStore
 from ollamamax_p2p.content.core.digest import Digest, short
 from ollamamax_p2p.content.core.manifest import Manifest
 from ollamamax_p2p.content.core.model_name import ModelName
-from ollamamax_p2p.errors import ModelNotFound, OmxError, OriginTrouble, StoreFull, StoreReadOnly
+from ollamamax_p2p.errors import ModelNotFound, NoSources, OmxError, OriginTrouble, StoreFull, StoreReadOnly
 from ollamamax_p2p.transfer.fetch import FetchTally, OriginOffer
 from ollamamax_p2p.transfer.models_exchange import ModelsExchange
 from ollamamax_p2p.transfer.origin import Origin
@@ -102,7 +102,7 @@ class Pull:
         if not self._from_origin:
             try:
                 meaning = await self._exchange.meaning(self.name)
-            except ModelNotFound as error:
+            except (ModelNotFound, NoSources) as error:
                 if self._origin is None:
                     return await self._held_already(error)
             else:

@@ -21,7 +21,7 @@ from ollamamax_p2p.observability import Event, EventFeed
 from ollamamax_p2p.transfer.ban_list import BanList
 from ollamamax_p2p.transfer.chunk_streams import StreamCarrier, serve_streams
 from ollamamax_p2p.transfer.fetch import BlobFetch, FetchServices, FetchTally, OriginOffer
-from ollamamax_p2p.transfer.models_exchange import ModelsExchange, open_models_exchange
+from ollamamax_p2p.transfer.models_exchange import ModelsExchange, model_key, open_models_exchange
 from ollamamax_p2p.transfer.origin import Origin
 from ollamamax_p2p.transfer.progress import PullReport
 from ollamamax_p2p.transfer.pull import OnProgress, Pull
@@ -66,6 +66,18 @@ class Transfer:
     def bytes_served(self) -> int:
         """Of chunks, to all peers, since this was opened."""
         return self._server.bytes_sent
+
+    async def announce(self, name: ModelName) -> None:
+        """Tell the swarm that this node holds a model: its name and its blobs. Raises
+        ModelNotFound if it does not.
+        """
+        manifest = await self._services.store.manifest(name)
+        blobs = [digest for digest, _ in manifest.blobs()]
+        await self._services.providers.announce([*blobs, model_key(name)])
+
+    async def withdraw(self, name: ModelName, removed: Sequence[Digest]) -> None:
+        """Tell the swarm that the model is gone from here, and those of its blobs."""
+        await self._services.providers.withdraw([*removed, model_key(name)])
 
     def pulls(self) -> tuple[str, ...]:
         """The models that are being pulled now."""
@@ -120,6 +132,7 @@ class Transfer:
         finally:
             if self._pulls.get(model.key) is pull:
                 del self._pulls[model.key]
+        await self.announce(model)
         self._report(
             "pull.finished",
             model=str(model),
@@ -177,7 +190,7 @@ async def open_transfer(
     unfinished = UnfinishedBlobs()
     async with (
         trio.open_nursery() as nursery,
-        open_models_exchange(host, store, connected_peers, bans.ban) as exchange,
+        open_models_exchange(host, store, connected_peers, providers, bans.ban) as exchange,
     ):
         server = BlobServer(store, unfinished, settings, nursery)
         services = FetchServices(
@@ -194,6 +207,7 @@ async def open_transfer(
             rng=rng,
         )
         serve_streams(host, server.serve)
-        await providers.announce(await store.blobs())
+        names = [model_key(model.name) for model in await store.models()]
+        await providers.announce([*await store.blobs(), *names])
         yield Transfer(services, server, exchange, origin, feed, wall_clock, nursery)
         nursery.cancel_scope.cancel()

@@ -78,11 +78,14 @@ async def up(
             process.kill()
 
 
-def error_line(ended: Ended) -> str:
-    """The one line in which a command told why it failed; what pull says before is progress."""
+def error_line(ended: Ended, *, besides: str = "pulling ") -> str:
+    """The one line in which a command told why it failed; what pull says before is progress.
+
+    besides: how another line may begin.
+    """
     assert "Traceback" not in ended.err, ended.err
     lines = ended.err.splitlines()
-    errors = [line for line in lines if not line.startswith(("pulling ", "verifying "))]
+    errors = [line for line in lines if not line.startswith(("pulling ", "verifying ", besides))]
     assert len(errors) == 1, ended.err
     assert errors == lines[-1:]
     assert errors[0].startswith("Error: ")

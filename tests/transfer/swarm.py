@@ -40,8 +40,12 @@ class Directory:
 
     def __init__(self) -> None:
         self.holders: dict[Digest, dict[PeerId, None]] = {}
+        self.hosts: dict[PeerId, SimulatedHost] = {}
+        self.dials = False
+        """Whether `find` connects to the holders, as the real ones do."""
 
     def of(self, host: SimulatedHost) -> "DirectoryOf":
+        self.hosts[host.peer_id] = host
         return DirectoryOf(self, host)
 
 
@@ -62,6 +66,12 @@ class DirectoryOf:
 
     async def find(self, digest: Digest) -> Sequence[PeerId]:
         known = self._directory.holders.get(digest, {})
+        if self._directory.dials:
+            for peer in known:
+                other = self._directory.hosts[peer]
+                await self._host.connect(other.addresses)
+                self._host.admit(peer)
+                other.admit(self._host.peer_id)
         connected = {connection.peer for connection in self._host.connections()}
         return [peer for peer in known if peer in connected][:32]
 

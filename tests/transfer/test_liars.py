@@ -7,6 +7,7 @@ import trio
 
 from ollamamax_p2p.content.core.chunk_map import ChunkMap
 from ollamamax_p2p.content.core.digest import digest_of, raw_hash
+from ollamamax_p2p.content.core.model_name import parse_model_name
 from ollamamax_p2p.errors import NoSources
 from ollamamax_p2p.transfer.core.messages import (
     ChunkPart,
@@ -19,7 +20,8 @@ from ollamamax_p2p.transfer.core.messages import (
     Unchoke,
     Want,
 )
-from tests.transfer.swarm import MiB, open_swarm, some_bytes
+from tests.transfer.ram_origin import RamOrigin
+from tests.transfer.swarm import MiB, model_of, open_swarm, some_bytes
 
 pytestmark = pytest.mark.usefixtures("repeatable")
 
@@ -293,6 +295,41 @@ async def test_a_map_that_does_not_match_its_blob_costs_its_voucher_the_place(
             await done.wait()
         # What the liar had sent right is kept: the honest map verifies it too.
         assert honest.transfer.bytes_served == len(DATA) - 4 * MiB
+        reader = await me.store.open(DIGEST)
+        assert await reader.read_at(0, len(DATA)) == DATA
+
+
+async def test_a_map_that_is_too_long_for_its_blob_is_no_map(autojump_clock, seed):
+    class TooLong(Liar):
+        def offer(self, message, **changes):
+            return super().offer(message, size=len(DATA))
+
+    longer = DATA + DATA[:MiB]
+    async with open_swarm(seed) as swarm:
+        liars = [
+            await swarm.add_evil(TooLong(map_of(longer, DIGEST), longer), claims=[DIGEST])
+            for _ in range(2)
+        ]
+        await swarm.add(holding=[DATA])
+        me = await swarm.add()
+        with trio.fail_after(120):
+            tally = await me.transfer.fetch(DIGEST, len(DATA))
+        assert set(tally.banned) == {liar.peer_id for liar in liars}
+        assert tally.fetched == len(DATA)
+
+
+async def test_after_a_lying_map_the_origin_begins_anew(autojump_clock, seed):
+    config, lies = b"{}", some_bytes(len(DATA), seed=9)
+    origin = RamOrigin(DATA, config)
+    manifest = model_of(DATA, config=config)
+    origin.manifests[parse_model_name("some:model").key] = manifest
+    async with open_swarm(seed) as swarm:
+        liar = await swarm.add_evil(Liar(map_of(lies, DIGEST), lies), claims=[DIGEST])
+        me = await swarm.add(origin=origin)
+        with trio.fail_after(120):
+            report = await me.transfer.pull("some:model")
+        assert report.banned == (liar.peer_id,)
+        assert {share.kind: share.bytes for share in report.sources}["origin"] == manifest.size
         reader = await me.store.open(DIGEST)
         assert await reader.read_at(0, len(DATA)) == DATA
 

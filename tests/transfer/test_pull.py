@@ -10,6 +10,7 @@ from ollamamax_p2p.errors import (
     BadName,
     DigestMismatch,
     ModelNotFound,
+    NoSources,
     OriginUnavailable,
     StoreFull,
     StoreReadOnly,
@@ -160,6 +161,32 @@ async def test_a_name_that_nobody_knows(autojump_clock, seed):
         me = await swarm.add()
         with trio.fail_after(60), pytest.raises(ModelNotFound, match="no:such"):
             await me.transfer.pull("no:such")
+
+
+async def test_a_model_that_no_neighbour_knows_is_found_further_away(autojump_clock, seed):
+    async with open_swarm(seed) as swarm:
+        holder, neighbour, seeker = await add_holder(swarm), await swarm.add(), await swarm.add()
+        await holder.transfer.announce(NAME)
+        await seeker.host.disconnect(holder.id)
+        await neighbour.host.disconnect(holder.id)
+        swarm.directory.dials = True
+        report = await seeker.transfer.pull(NAME)
+        assert [share.name for share in report.sources] == [holder.id]
+
+
+async def test_without_anybody_to_ask_that_is_said(autojump_clock, seed):
+    async with open_swarm(seed) as swarm:
+        alone = await swarm.add()
+        with pytest.raises(NoSources, match="no member of the swarm can be reached"):
+            await alone.transfer.pull(NAME)
+
+
+async def test_a_frozen_member_delays_a_pull_by_little(autojump_clock, seed):
+    async with open_swarm(seed) as swarm:
+        _, frozen, seeker = await add_holder(swarm), await swarm.add(), await swarm.add()
+        swarm.network.freeze(frozen.host)
+        report = await seeker.transfer.pull(NAME)
+        assert report.seconds < 2.0
 
 
 async def test_a_name_that_is_none(autojump_clock, seed):
