@@ -14,9 +14,9 @@ docs/py-libp2p.md, with the version; each place here that exists for such a reas
 
 import logging
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -61,6 +61,7 @@ from ollamamax_p2p.host.libp2p_muxer import BoundedMuxer, BoundedYamux
 from ollamamax_p2p.host.libp2p_streams import Libp2pStream
 from ollamamax_p2p.host.libp2p_swarm_key import check_swarm_keys
 from ollamamax_p2p.host.listen_addresses import check_listen, per_interface
+from ollamamax_p2p.host.peer_events import PeerEvents
 from ollamamax_p2p.host.peer_host import Connection, PeerEvent, StreamHandler
 from ollamamax_p2p.host.reachability import Reachability, open_reachability
 from ollamamax_p2p.host.settings import HostSettings
@@ -82,9 +83,6 @@ HANDSHAKES_PER_IP_MAX = 32
 """One machine that opens connections and says nothing leaves room for others. Behind one NAT, 32
 nodes can join at the same moment.
 """
-
-WATCH_EVENTS_MAX = 1_024
-"""As `PeerHost.watch` promises."""
 
 DIAL_STAGGER_S = 0.25
 """The next address of a peer is tried beside one that has not answered for so long (RFC 8305)."""
@@ -199,7 +197,7 @@ class Libp2pHost:
         self._open_inbound: Counter[PeerId] = Counter()
         self._handshakes: Counter[str] = Counter()
         self._dialling: dict[PeerId, trio.Lock] = {}
-        self._watchers: list[_Watcher] = []
+        self._events = PeerEvents(self.peer_id)
         self.reachability: Reachability | None = None
         self._take_over()
 
@@ -472,19 +470,12 @@ class Libp2pHost:
 
     # -- what happens
 
-    @asynccontextmanager
-    async def watch(self) -> AsyncIterator[AsyncIterator[PeerEvent]]:
+    def watch(self) -> AbstractAsyncContextManager[AsyncIterator[PeerEvent]]:
         """See `PeerHost`."""
-        watcher = _Watcher(self.peer_id)
-        self._watchers.append(watcher)
-        try:
-            yield watcher
-        finally:
-            self._watchers.remove(watcher)
+        return self._events.watch()
 
     def _report(self, event: PeerEvent) -> None:
-        for watcher in self._watchers:
-            watcher.offer(event)
+        self._events.report(event)
 
     def note_connected(self, libp2p_id: ID) -> None:
         """A connection was made; strangers' keys that are not Ed25519 have no place here."""
@@ -599,35 +590,6 @@ class _Notifee(INotifee):
 
     async def listen_close(self, network: Any, multiaddr: Multiaddr) -> None:
         pass
-
-
-class _Watcher:
-    """One reader of a host's events."""
-
-    def __init__(self, peer_id: PeerId) -> None:
-        self._peer_id = peer_id
-        self._waiting: deque[PeerEvent] = deque()
-        self._readers = trio.lowlevel.ParkingLot()
-        self._behind = False
-
-    def offer(self, event: PeerEvent) -> None:
-        """Keep it for the reader, unless that has fallen behind."""
-        if len(self._waiting) >= WATCH_EVENTS_MAX:
-            self._behind = True
-        elif not self._behind:
-            self._waiting.append(event)
-        self._readers.unpark_all()
-
-    def __aiter__(self) -> "_Watcher":
-        return self
-
-    async def __anext__(self) -> PeerEvent:
-        await trio.lowlevel.checkpoint()
-        while not self._waiting:
-            if self._behind:
-                raise PeerGone(self._peer_id, "the reader of its events fell behind")
-            await self._readers.park()
-        return self._waiting.popleft()
 
 
 def _new_libp2p(key_seed: bytes, settings: HostSettings, swarm_key: bytes | None) -> Any:

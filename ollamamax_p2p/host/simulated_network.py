@@ -20,15 +20,15 @@ import hashlib
 import logging
 import math
 import random
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import trio
 
 from ollamamax_p2p.errors import NotAdmitted, OmxError, PeerGone, PeerUnreachable
+from ollamamax_p2p.host.peer_events import PeerEvents
 from ollamamax_p2p.host.peer_host import Connection, PeerEvent, StreamHandler
 from ollamamax_p2p.host.simulated_links import (
     LOCAL_NETWORK,
@@ -41,9 +41,6 @@ from ollamamax_p2p.host.simulated_links import (
     pipes,
 )
 from ollamamax_p2p.identity import Address, PeerId, parse_address, peer_id_of
-
-WATCH_EVENTS_MAX = 1_024
-"""As `PeerHost.watch` promises."""
 
 _log = logging.getLogger(__name__)
 
@@ -180,7 +177,7 @@ class SimulatedHost:
         self._ends: dict[PeerId, list[_End]] = {}
         self._admitted: set[PeerId] = set()
         self._handlers: dict[str, tuple[StreamHandler, bool]] = {}
-        self._watchers: list[_Watcher] = []
+        self._events = PeerEvents(self.peer_id)
         self._dialling: dict[PeerId, trio.Lock] = {}
         self._thaw = trio.lowlevel.ParkingLot()
         self._undelivered: list[Callable[[], None]] = []
@@ -251,15 +248,9 @@ class SimulatedHost:
         """See `PeerHost`."""
         return peer in self._admitted
 
-    @asynccontextmanager
-    async def watch(self) -> AsyncIterator[AsyncIterator[PeerEvent]]:
+    def watch(self) -> AbstractAsyncContextManager[AsyncIterator[PeerEvent]]:
         """See `PeerHost`."""
-        watcher = _Watcher(self.peer_id)
-        self._watchers.append(watcher)
-        try:
-            yield watcher
-        finally:
-            self._watchers.remove(watcher)
+        return self._events.watch()
 
     # -- what the network does with it
 
@@ -323,8 +314,7 @@ class SimulatedHost:
 
     def _report(self, event: PeerEvent) -> None:
         self._network.note(f"{self.name} {event.change} {self._network.name_of(event.peer)}")
-        for watcher in self._watchers:
-            watcher.offer(event)
+        self._events.report(event)
 
     def _depart(self, segment: Segment) -> None:
         self.bytes_sent += segment.size
@@ -705,35 +695,6 @@ class _Answer:
         """The answer has arrived."""
         self.accepted = accepted
         self.given.set()
-
-
-class _Watcher:
-    """One reader of a host's events."""
-
-    def __init__(self, peer_id: PeerId) -> None:
-        self._peer_id = peer_id
-        self._waiting: deque[PeerEvent] = deque()
-        self._readers = trio.lowlevel.ParkingLot()
-        self._behind = False
-
-    def offer(self, event: PeerEvent) -> None:
-        """Keep it for the reader, unless that has fallen behind."""
-        if len(self._waiting) >= WATCH_EVENTS_MAX:
-            self._behind = True
-        else:
-            self._waiting.append(event)
-        self._readers.unpark_all()
-
-    def __aiter__(self) -> "_Watcher":
-        return self
-
-    async def __anext__(self) -> PeerEvent:
-        await trio.lowlevel.checkpoint()
-        while not self._waiting:
-            if self._behind:
-                raise PeerGone(self._peer_id, "the reader of its events fell behind")
-            await self._readers.park()
-        return self._waiting.popleft()
 
 
 def _public_key(name_or_key: str | bytes) -> bytes:
