@@ -53,7 +53,8 @@ from ollamamax_p2p.errors import (
     AccessRefused,
     BadConfig,
     DataDirInUse,
-    NotAdmitted,
+    DeadlineExceeded,
+    NoSources,
     OmxError,
     PeerUnreachable,
     StoreDamaged,
@@ -228,6 +229,8 @@ class Node:
         self._origin = origin
         self._rng = random.Random(secrets.randbits(128))
         self._session: Session | None = None
+        self._pulling: set[trio.CancelScope] = set()
+        """Of those who wait for a pull of this session, and would wait for ever without it."""
         # One at a time: a second join must see that the first has succeeded.
         self._moving = trio.Lock()
         self._moves, self._asked_moves = trio.open_memory_channel["_Move[Any]"](0)
@@ -339,9 +342,20 @@ class Node:
         Raises BadName, ModelNotFound, StoreFull, StoreReadOnly, NoSources, OriginTrouble.
         """
         parsed = parse_model_name(name)
-        await self._now.discovery.settled()
-        return await self._now.transfer.pull(
-            parsed, from_origin=from_origin, insecure=insecure, on_progress=on_progress
+        session = self._now
+        scope = trio.CancelScope()
+        self._pulling.add(scope)
+        try:
+            with scope:
+                await session.discovery.settled()
+                return await session.transfer.pull(
+                    parsed, from_origin=from_origin, insecure=insecure, on_progress=on_progress
+                )
+        finally:
+            self._pulling.discard(scope)
+        raise NoSources(
+            f"model {parsed}",
+            "this node has changed its swarm; what is here is kept, the same pull resumes it",
         )
 
     async def import_model(self, path: Path, name: str) -> ModelInfo:
@@ -472,7 +486,9 @@ class Node:
             or session.connections.known_addresses()
             or set(session.discovery.known_peers()) - hoped_for
             or session.membership.has_admitted
-            or await trio.to_thread.run_sync(has_remembered_peers, self.config.data_dir)
+            or await trio.to_thread.run_sync(
+                has_remembered_peers, self.config.data_dir, session.membership.mdns_fingerprint()
+            )
         )
 
     async def _redeem(self, ticket: Ticket) -> tuple[Address, ...]:
@@ -487,10 +503,13 @@ class Node:
         await self._replace_membership(lambda: Membership.join_open(None, swarm_id))
 
     async def _start_alone(self) -> None:
-        await trio.to_thread.run_sync(forget_remembered_peers, self.config.data_dir)
         await self._replace_membership(
             lambda: Membership.create(None, open_swarm=self.config.open_swarm)
         )
+        try:
+            await trio.to_thread.run_sync(forget_remembered_peers, self.config.data_dir)
+        except OSError as error:  # it says of which swarm they are, and is of no use in another
+            _log.warning("cannot remove the remembered peers: %s", error)
 
     async def _replace_membership(self, make: Callable[[], Membership]) -> None:
         """In one step: a full disk must not leave this node in no swarm at all."""
@@ -520,16 +539,19 @@ class Node:
     @property
     def _now(self) -> Session:
         if self._session is None:
-            raise NotAdmitted(self.peer_id, "it is just joining or leaving a swarm; try again")
+            raise PeerUnreachable(
+                self.peer_id, "this node is just joining or leaving a swarm; try again"
+            )
         return self._session
 
     async def _move(self, between: Callable[[], Awaitable[T]]) -> T:
         """Close the session, run `between`, open the next; gives or raises what `between` did."""
         move: _Move[T] = _Move(between)
-        with trio.fail_after(_RENEWED_S):
+        with trio.move_on_after(_RENEWED_S):
             await self._moves.send(move)
             await move.over.wait()
-        return move.outcome()
+            return move.outcome()
+        raise DeadlineExceeded("changing the swarm", _RENEWED_S)
 
     async def _run_sessions(self, task_status: trio.TaskStatus[None]) -> None:
         finished: _Move[Any] | None = None
@@ -541,6 +563,8 @@ class Node:
                     finished.over.set()
                 finished = await self._asked_moves.receive()
                 self._session = None
+                for scope in self._pulling:
+                    scope.cancel()
             await finished.run()
 
     @asynccontextmanager
@@ -654,8 +678,9 @@ def _data_dir_of_our_own(path: Path) -> Iterator[None]:
         except BlockingIOError:
             holder = os.read(handle, 20).decode(errors="replace").strip()
             raise DataDirInUse(str(path), int(holder) if holder.isdigit() else None) from None
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        with contextlib.suppress(OSError):  # for people only; a full disk must not end us here
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{os.getpid()}\n".encode())
         yield
     finally:
         os.close(handle)

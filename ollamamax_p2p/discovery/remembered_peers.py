@@ -80,9 +80,9 @@ def save_remembered(data_dir: Path, swarm: str, peers: Sequence[RememberedPeer])
     fresh.replace(path)
 
 
-def has_remembered_peers(data_dir: Path) -> bool:
-    """Whether members of the present swarm were ever met; blocks."""
-    return (data_dir / FILE_NAME).exists()
+def has_remembered_peers(data_dir: Path, swarm: str) -> bool:
+    """Whether members of this swarm were ever met, however long ago; blocks."""
+    return bool(load_remembered(data_dir, swarm, peers_max=1, now=0.0))
 
 
 def forget_remembered_peers(data_dir: Path) -> None:

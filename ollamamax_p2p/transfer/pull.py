@@ -13,7 +13,14 @@ from ollamamax_p2p.content import BlobStore
 from ollamamax_p2p.content.core.digest import Digest, short
 from ollamamax_p2p.content.core.manifest import Manifest
 from ollamamax_p2p.content.core.model_name import ModelName
-from ollamamax_p2p.errors import ModelNotFound, NoSources, OmxError, OriginTrouble, StoreFull, StoreReadOnly
+from ollamamax_p2p.errors import (
+    ModelNotFound,
+    NoSources,
+    OmxError,
+    OriginTrouble,
+    StoreFull,
+    StoreReadOnly,
+)
 from ollamamax_p2p.transfer.fetch import FetchTally, OriginOffer
 from ollamamax_p2p.transfer.models_exchange import ModelsExchange
 from ollamamax_p2p.transfer.origin import Origin

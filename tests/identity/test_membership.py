@@ -251,6 +251,21 @@ def test_a_node_joins_no_second_swarm_before_it_left_the_first(path):
     Membership.create(path)
 
 
+def test_another_swarm_takes_the_place_of_this_one_in_one_step_or_not_at_all(path):
+    membership, other = Membership.create(path), Membership.create(None)
+    moved_away = path.parent.rename(path.parent.with_name("away"))
+    path.parent.write_text("a file where the folder should be")
+    with pytest.raises(StoreDamaged):
+        membership.replaced_by(other)
+    assert Membership.load(moved_away / path.name).swarm_id == membership.swarm_id
+    path.parent.unlink()
+    moved_away.rename(path.parent)
+    replacement = membership.replaced_by(other)
+    assert Membership.load(path).grant() == replacement.grant() == other.grant()
+    issue(replacement)  # and it is saved where the old one was
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_a_grant_of_another_swarm_is_not_taken():
     one, two = Membership.create(None), Membership.create(None)
     with pytest.raises(ValueError, match="another swarm"):

@@ -70,7 +70,7 @@ def test_a_hundred_kills_at_random_moments_lose_nothing_that_was_written(
     )  # fmt: skip
     ticket = wait_for(seed, "ticket")["ticket"]
     folder = tmp_path / "puller"
-    kills = finished = lost_most = 0
+    kills = finished = halfway = 0
     told_before: dict[str, int] = {}
     run = 0
     while kills < KILLS:
@@ -78,27 +78,31 @@ def test_a_hundred_kills_at_random_moments_lose_nothing_that_was_written(
         said = tmp_path / f"pull{run}.said"
         child = forker.fork("pull", said, folder=str(folder), ticket=ticket, name=NAME)
         wait_for(child, "total")
-        # Most of a pull of this size is over in a second; some die before the first chunk.
+        # The one sleep here that is meant: the moment of the kill is what varies. Most of a pull
+        # of this size is over in a second; some die before the first chunk.
         time.sleep(rng.uniform(0.0, 0.8))
         if any("pulled" in line for line in child.lines()):
             assert forker.wait(child) == 0
+            assert_resumed(child, told_before)
             finished += 1
             shutil.rmtree(folder / "models")
             told_before = {}
-            assert_resumed(child, told_before)
             continue
         child.kill()
         assert forker.wait(child) in (-9, 0)
         kills += 1
         assert_nothing_wrong_is_visible(folder / "models")
-        lost_most = max(lost_most, assert_resumed(child, told_before))
+        assert_resumed(child, told_before)
         told_before = {
             line["digest"]: completed(child.lines(), line["digest"])
             for line in child.lines()
             if line.get("digest")
         }
-    print(f"{kills} kills, {finished} pulls finished, most lost {lost_most} bytes")
-    final = forker.fork("pull", tmp_path / "final.said", folder=str(folder), ticket=ticket, name=NAME)
+        halfway += any(0 < before < model.stat().st_size - MiB for before in told_before.values())
+    assert halfway >= KILLS // 4  # else the kills came too early or too late to mean anything
+    final = forker.fork(
+        "pull", tmp_path / "final.said", folder=str(folder), ticket=ticket, name=NAME
+    )
     wait_for(final, "pulled")
     assert forker.wait(final) == 0
     assert_nothing_wrong_is_visible(folder / "models")
@@ -107,15 +111,11 @@ def test_a_hundred_kills_at_random_moments_lose_nothing_that_was_written(
     assert uploaded <= (finished + 1) * model.stat().st_size + kills * in_flight
 
 
-def assert_resumed(child: Child, told_before: dict[str, int]) -> int:
+def assert_resumed(child: Child, told_before: dict[str, int]) -> None:
     """What was told as verified before a kill is there again at the next start."""
-    lost = 0
     for digest, before in told_before.items():
         first = next((ln["completed"] for ln in child.lines() if ln.get("digest") == digest), None)
-        if first is not None:
-            lost = max(lost, before - first)
-    assert lost <= 0, f"{lost} bytes that had been verified and written were lost"
-    return lost
+        assert first is None or first >= before, f"{before - first} verified bytes were lost"
 
 
 def test_eight_processes_pull_from_one_seed_which_uploads_little(
@@ -142,5 +142,4 @@ def test_eight_processes_pull_from_one_seed_which_uploads_little(
         assert_nothing_wrong_is_visible(tmp_path / f"p{i}" / "models")
         assert any((tmp_path / f"p{i}" / "models" / "manifests").rglob("latest"))
     uploaded = max(line["uploaded"] for line in seed.lines() if "uploaded" in line)
-    print(f"the seed uploaded {uploaded / size:.2f} x the model")
     assert uploaded < 2.5 * size

@@ -293,7 +293,7 @@ def spellings(secret: bytes) -> set[str]:
     return found
 
 
-def test_a_secret_is_recognised_however_it_is_written():
+async def test_a_secret_is_recognised_however_it_is_written():
     secret = random.Random(7).randbytes(32)
     for told in (
         f"key={secret!r}",

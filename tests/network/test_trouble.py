@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from ollamamax_p2p.errors import TicketExpired
+from ollamamax_p2p.errors import StoreFull, TicketExpired
 from ollamamax_p2p.host import HostSettings, open_connections, open_libp2p_host
 from ollamamax_p2p.identity import Membership
 from tests.network.processes import (
@@ -113,13 +113,35 @@ async def test_a_join_that_cannot_be_saved_leaves_the_old_swarm_on_disk(tmp_path
             swarm, ticket = (await b.status()).swarm_id, (await a.invite()).ticket
             record = (disk / "data" / "swarm").read_bytes()
             ballast = fill(disk)
-            with pytest.raises(Exception, match="not enough room"):
-                await b.join([ticket])
+            for failing in (b.join([ticket]), b.invite()):
+                with pytest.raises(StoreFull, match="not enough room"):
+                    await failing
             assert (await b.status()).swarm_id == swarm
             assert (disk / "data" / "swarm").read_bytes() == record
             ballast.unlink()
             report = await b.join([ticket])  # the same one, by the same node
             assert report.swarm_id == (await a.status()).swarm_id
+
+
+@pytest.mark.counterpart
+async def test_a_full_data_folder_is_named_and_does_not_hide_the_models(tmp_path):
+    file = model_file(tmp_path / "m.safetensors")
+    models = {"OMX_MODELS": str(tmp_path / "models")}
+    with small_disk(tmp_path / "disk", MiB) as disk:
+        fill(disk)
+        ended = await omx(disk / "data", "up", **models)
+        assert ended.code == 4
+        assert f"not enough room in {disk / 'data'}" in error_line(ended)
+        (disk / "ballast").unlink()
+        assert (await omx(disk / "data", "import", str(file), NAME, **models)).code == 0
+        fill(disk)
+        ended = await omx(disk / "data", "up", **models)
+        assert ended.code == 4
+        assert f"not enough room in {disk / 'data'}" in error_line(ended)
+        assert not (disk / "data" / "node.json").exists()
+        listed = await omx(disk / "data", "list", **models)
+        assert (listed.code, listed.err) == (0, "")
+        assert f"{NAME}:latest" in listed.out
 
 
 @pytest.mark.counterpart
@@ -204,6 +226,28 @@ async def test_a_taken_port_is_named_with_the_flag_that_chooses_another(data):
             assert f"{value} is already in use" in told
             assert flag in told
             assert not (data / "node.json").exists()
+
+
+# -- a node that runs ------------------------------------------------------------------------
+
+
+async def test_a_running_node_that_is_given_a_bad_ticket_says_so_and_runs_on(tmp_path):
+    issuer, node, other = (tmp_path / name for name in ("issuer", "node", "other"))
+    async with up(issuer) as announced, up(node) as before:
+        ticket = announced["invitation"]["ticket"]
+        mistyped = ticket[:-1] + ("a" if ticket[-1] != "a" else "b")
+        async with up(other, "join", ticket):
+            for bad, said in ((ticket, "has been used 1 of 1 times"), (mistyped, "copy it again")):
+                ended = await omx(node, "join", bad)
+                assert ended.code == 2
+                assert said in error_line(ended)
+        ended = await omx(node, "join", announced["status"]["addresses"][0])
+        assert ended.code == 5
+        assert "its swarm is private: join with a ticket" in error_line(ended)
+        status = json.loads((await omx(node, "status", "--json")).out)
+        assert status["swarm_id"] == before["status"]["swarm_id"]
+        assert (await omx(node, "invite")).code == 0
+        assert "Traceback" not in before["stderr"].read_text()
 
 
 # -- the clock ---------------------------------------------------------------------------------
