@@ -27,9 +27,9 @@ format: $(VENV)/.installed-dev
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-# Many more seeds, kills and examples than CI has time for. OMX_SOAK_MINUTES bounds it.
+# Many more seeds than CI has time for: an hour or so.
 soak: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest tests/simulation tests/network --omx-seeds 500 -p no:randomly
+	@$(BIN)/python -m pytest tests/simulation tests/network --omx-seeds 500
 
 bench: $(VENV)/.installed-dev
 	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
