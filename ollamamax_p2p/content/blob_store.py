@@ -141,6 +141,11 @@ class BlobStore(Protocol):
     async def partials(self) -> list[Digest]:
         """Every unfinished one, sorted."""
 
+    async def missing_bytes(self, digest: Digest) -> int | None:
+        """What the rest of an unfinished blob will still take of `free_bytes`; 0 while it is open,
+        for its room is set aside then. None if nothing of it is here.
+        """
+
     async def chunk_map(self, digest: Digest) -> ChunkMap:
         """The blob's map; built, and kept beside the store, at the first call. Raises BlobNotFound,
         StoreDamaged if the blob is not what its name says: then it must not be served.
@@ -149,6 +154,9 @@ class BlobStore(Protocol):
     # manifests
     async def manifest(self, name: ModelName) -> Manifest:
         """Raises ModelNotFound, StoreDamaged. Names match case-insensitively, as in Ollama."""
+
+    async def modified_at(self, name: ModelName) -> datetime:
+        """When the manifest was written, in UTC; no other is looked at. Raises ModelNotFound."""
 
     async def put_manifest(self, name: ModelName, manifest: Manifest) -> None:
         """Name a model, atomically. Raises BlobNotFound if a blob of it is missing."""
@@ -162,7 +170,9 @@ class BlobStore(Protocol):
         """Every readable manifest, newest first."""
 
     async def remove_unused(self, candidates: Sequence[Digest]) -> list[Digest]:
-        """Remove those of the candidates that no manifest refers to; gives what went."""
+        """Remove those of the candidates that no manifest refers to; gives what went. Nothing is
+        ever removed for being unnamed alone: in a store shared with Ollama, Ollama does that.
+        """
 
     async def free_bytes(self) -> int:
         """Room left for new blobs."""

@@ -10,7 +10,9 @@
       chunk-maps/sha256-<hex>                chunk maps, each with the blob file's size and time
 
 Nothing is created in models before something is written there, and nothing at all in a store that
-cannot be written: that is served in place. docs/adr/0003-chunk-maps.md has the reasons.
+cannot be written: that is served in place. Opening a store that can be written removes unfinished
+blobs that were given up (`partial_lifetime_s`), never a whole blob that no manifest names: another
+program may be about to name it. docs/adr/0003-chunk-maps.md has the reasons.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ import re
 import stat
 import struct
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
@@ -39,11 +41,12 @@ from ollamamax_p2p.content.core.digest import (
 from ollamamax_p2p.content.core.manifest import MANIFEST_BYTES_MAX, Manifest, parse_manifest
 from ollamamax_p2p.content.core.model_name import ModelName
 from ollamamax_p2p.content.durable_files import (
+    PRIVATE_FOLDER_MODE,
     can_rename,
     free_bytes,
     make_folder,
     new_file,
-    open_file,
+    out_of_descriptors,
     read_exactly,
     remove_leftovers,
     replace_file,
@@ -54,7 +57,7 @@ from ollamamax_p2p.content.durable_files import (
     write_all,
 )
 from ollamamax_p2p.content.map_building import build_chunk_map
-from ollamamax_p2p.content.partial_blob import DiskPartial, record_path
+from ollamamax_p2p.content.partial_blob import DiskPartial, record_path, remove_given_up
 from ollamamax_p2p.content.settings import ContentSettings
 from ollamamax_p2p.errors import (
     AccessRefused,
@@ -83,16 +86,28 @@ Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
 
 
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
 @asynccontextmanager
 async def open_disk_store(
-    models: Path, side: Path, settings: ContentSettings, *, read_only: bool = False
+    models: Path,
+    side: Path,
+    settings: ContentSettings,
+    *,
+    read_only: bool = False,
+    now: Callable[[], datetime] = _utc_now,
 ) -> AsyncIterator["DiskStore"]:
     """Serve and fill a model store for as long as the block is open.
 
     models: Ollama's folder; it need not exist yet. side: a folder of this node alone.
     read_only: never write to models, even if it could be.
+    now: the time of day, by which an unfinished blob that was given up is told.
     """
-    store = DiskStore(models, side, settings, read_only=read_only)
+    with translated(models, "use"):
+        store = DiskStore(models, side, settings, read_only=read_only)
+    await store.tidy(now().timestamp())
     try:
         yield store
     finally:
@@ -113,6 +128,7 @@ class DiskStore:
         self._writable = not read_only and all(
             _may_write(folder) for folder in (models, self._blobs, self._manifests)
         )
+        self._partial_places = (side / "partials", models / ".omx")
         self._partials: Path | None = None
         self._open: dict[Digest, DiskPartial | None] = {}
         self._building: dict[Digest, trio.Lock] = {}
@@ -141,7 +157,30 @@ class DiskStore:
             raise StoreReadOnly(str(self.folder))
 
     async def _in_thread(self, function: Callable[[*Args], Result], *args: *Args) -> Result:
-        return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
+        # The last net: whatever the system says to any method is a trouble of this machine.
+        with translated(self.folder, "use"):
+            return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
+
+    async def tidy(self, now: float) -> None:
+        """Remove what nobody will come back for: files of a killed process, and unfinished blobs
+        that no pull has had for long. now: Unix seconds.
+        """
+        await self._in_thread(self._tidy, now)
+
+    def _tidy(self, now: float) -> None:
+        remove_leftovers(self._maps)
+        if not self._writable:
+            return
+        remove_leftovers(self.folder)
+        for folder in self._partial_places:
+            remove_leftovers(folder)
+            try:
+                for digest in _unfinished_in(folder):
+                    if remove_given_up(folder, digest, now - self._settings.partial_lifetime_s):
+                        log.info("removed the unfinished blob %s, which was given up", digest)
+            except OSError as error:
+                # Room that is not won back must not stop a node.
+                log.warning("cannot remove what was given up in %s: %s", folder, error)
 
     # -- blobs ---------------------------------------------------------------------------------
 
@@ -205,16 +244,11 @@ class DiskStore:
 
     def _import_file(self, path: Path, folder: Path, link: bool) -> Digest:
         path = path.expanduser()
-        try:
-            with open_file(path, os.O_RDONLY) as source:
-                before = os.fstat(source)
-                if not stat.S_ISREG(before.st_mode):
-                    raise BadModelFile(str(path), "it is not a file")
-                return self._imported(source, before, path, folder, link)
-        except FileNotFoundError as error:
-            raise BadModelFile(str(path), "there is no such file") from error
-        except PermissionError as error:
-            raise AccessRefused(str(path), "read") from error
+        with translated(path, "read"), _opened_to_import(path) as source:
+            before = os.fstat(source)
+            if not stat.S_ISREG(before.st_mode):
+                raise BadModelFile(str(path), "it is not a file")
+            return self._imported(source, before, path, folder, link)
 
     def _imported(
         self, source: int, before: os.stat_result, path: Path, folder: Path, link: bool
@@ -265,16 +299,15 @@ class DiskStore:
         return self._partials
 
     def _choose_partial_folder(self) -> Path:
-        ours, hidden = self.side / "partials", self.folder / ".omx"
+        ours, hidden = self._partial_places
         with translated(self.folder, "write"):
             make_folder(self._blobs)
         with translated(self.side, "write"):
-            make_folder(ours)
+            make_folder(ours, PRIVATE_FOLDER_MODE)
         with translated(self.folder, "write"):
             if not can_rename(ours, self.folder):
                 make_folder(hidden)
                 ours = hidden
-        remove_leftovers(ours)
         return ours
 
     async def partial(self, digest: Digest, size: int) -> DiskPartial:
@@ -326,10 +359,23 @@ class DiskStore:
 
     async def partials(self) -> list[Digest]:
         """See BlobStore."""
-        places = (self.side / "partials", self.folder / ".omx")
-        folders = [self._partials] if self._partials else places
+        folders = [self._partials] if self._partials else self._partial_places
         found = [await self._in_thread(_digests_in, folder) for folder in folders]
         return sorted(set().union(*found))
+
+    async def missing_bytes(self, digest: Digest) -> int | None:
+        """See BlobStore."""
+        return await self._in_thread(self._missing_bytes, digest)
+
+    def _missing_bytes(self, digest: Digest) -> int | None:
+        if self._open.get(digest) is not None:
+            return 0
+        for folder in self._partial_places:
+            with suppress(FileNotFoundError):
+                about = (folder / file_name(digest)).stat()
+                # The file is sparse; st_blocks counts in units of 512 bytes on every system.
+                return max(0, about.st_size - about.st_blocks * 512)
+        return None
 
     async def free_bytes(self) -> int:
         """See BlobStore."""
@@ -382,7 +428,7 @@ class DiskStore:
     def _keep_map(self, built: ChunkMap, stamp: bytes) -> None:
         path = self._maps / file_name(built.blob)
         try:
-            make_folder(self._maps)
+            make_folder(self._maps, PRIVATE_FOLDER_MODE)
             replace_file(path, stamp + built.encode(), self._maps)
         except OSError as error:
             # The map can be built again; a full or read-only side folder must not stop serving.
@@ -426,6 +472,17 @@ class DiskStore:
                 continue
             yield name, path
 
+    async def modified_at(self, name: ModelName) -> datetime:
+        """See BlobStore."""
+        return await self._in_thread(self._modified_at, name)
+
+    def _modified_at(self, name: ModelName) -> datetime:
+        try:
+            written = self._manifest_path(name).stat().st_mtime
+        except FileNotFoundError:
+            raise ModelNotFound(str(name)) from None
+        return _date(written)
+
     async def put_manifest(self, name: ModelName, manifest: Manifest) -> None:
         """See BlobStore."""
         self._check_writable()
@@ -447,12 +504,14 @@ class DiskStore:
 
     def _remove_manifest(self, name: ModelName) -> list[Digest]:
         path = self._manifest_path(name)
-        try:
-            needed = _digests_said_in(_read_bounded(path))
-        except FileNotFoundError:
-            raise ModelNotFound(str(name)) from None
         with translated(self.folder, "remove"):
-            path.unlink()
+            try:
+                needed = _digests_said_in(_read_bounded(path))
+                path.unlink()
+            except FileNotFoundError:
+                raise ModelNotFound(str(name)) from None
+            # Before any blob goes: a power cut must not bring back a name without its blobs.
+            sync_folder(path.parent)
             self._remove_empty_folders(path.parent)
             return self._remove_unused(sorted(needed))
 
@@ -492,9 +551,9 @@ class DiskStore:
         """
         needed: set[Digest] = set()
         for folder in self.folder.glob("manifests*"):
-            for path in folder.rglob("*"):
-                if path.is_file():
-                    with translated(path, "read"):
+            with translated(folder, "read"):
+                for path in _files_below(folder) if folder.is_dir() else ():
+                    with suppress(FileNotFoundError):
                         needed |= _digests_said_in(_read_bounded(path))
         return needed
 
@@ -507,8 +566,10 @@ class DiskStore:
         for name, path in self._named_manifests():
             try:
                 manifest = parse_manifest(_read_bounded(path))
-                written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+                written = _date(path.stat().st_mtime)
             except (OSError, OmxError) as error:
+                if isinstance(error, OSError) and out_of_descriptors(error):
+                    raise
                 log.warning("skipping the manifest %s: %s", path, error)
                 continue
             found.append(StoredModel(name, manifest.digest, manifest.size, written))
@@ -565,26 +626,65 @@ def _may_write(folder: Path) -> bool:
 
 
 def _open_blob(path: Path, digest: Digest) -> int:
-    if not path.is_file():
-        raise BlobNotFound(digest)
+    with translated(path, "read"):
+        if not path.is_file():
+            raise BlobNotFound(digest)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise BlobNotFound(digest) from None
+
+
+@contextmanager
+def _opened_to_import(path: Path) -> Iterator[int]:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise BlobNotFound(digest) from None
-    except PermissionError as error:
-        raise AccessRefused(str(path), "read") from error
+        # NONBLOCK: a FIFO is refused a moment later, not waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise BadModelFile(str(path), "there is no such file") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _digests_in(folder: Path) -> list[Digest]:
+    return sorted(parse_digest(name) for name in _names_in(folder) if _BLOB_FILE.fullmatch(name))
+
+
+def _unfinished_in(folder: Path) -> list[Digest]:
+    """Those too of which only the record is left."""
+    names = {name.removesuffix(".record") for name in _names_in(folder)}
+    return sorted(parse_digest(name) for name in names if _BLOB_FILE.fullmatch(name))
+
+
+def _names_in(folder: Path) -> list[str]:
     try:
-        names = os.listdir(folder)
+        return os.listdir(folder)
     except FileNotFoundError:
         return []
-    return sorted(parse_digest(name) for name in names if _BLOB_FILE.fullmatch(name))
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and those in it. Raises OSError for what cannot be listed, where
+    `rglob` passes over it in silence.
+    """
+    for path in map(folder.joinpath, _names_in(folder)):
+        if path.is_file():
+            yield path
+        elif path.is_dir() and not path.is_symlink():
+            yield from _files_below(path)
 
 
 def _digests_said_in(text: bytes) -> set[Digest]:
     return {digest_of_hash(bytes.fromhex(raw.decode())) for raw in _DIGEST_IN_TEXT.findall(text)}
+
+
+def _date(unix_s: float) -> datetime:
+    try:
+        return datetime.fromtimestamp(unix_s, UTC)
+    except (ValueError, OverflowError):  # a file may have a time that no calendar has
+        return datetime.fromtimestamp(0, UTC)
 
 
 def _stamp(about: os.stat_result) -> bytes:

@@ -8,23 +8,39 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ollamamax_p2p.errors import AccessRefused, StoreDamaged, StoreFull, StoreReadOnly
+from ollamamax_p2p.errors import (
+    AccessRefused,
+    LocalTrouble,
+    StoreDamaged,
+    StoreFull,
+    StoreReadOnly,
+)
 
 _FICLONE = 0x40049409
 """Linux's ioctl that makes one file share another's blocks until either is written."""
 
+_NEW_FILE = re.compile(r"\.?new-[0-9a-f]{16}(-link)?")
+"""Names under which files are made here."""
+
+SHARED_FOLDER_MODE = 0o755
+"""Of what Ollama reads too; it gives its folders the same."""
+PRIVATE_FOLDER_MODE = 0o700
+"""Of what is this node's alone."""
+
 
 @contextlib.contextmanager
 def translated(path: Path, doing: str, needed: int = 0) -> Iterator[None]:
-    """Turn an OSError about the store's disk into the error that names it.
+    """Turn any OSError about the store's disk into the LocalTrouble that names it.
 
-    doing: a verb, for AccessRefused; needed: bytes, for StoreFull.
+    doing: a verb, for the message; needed: bytes, for StoreFull.
     """
     try:
         yield
@@ -32,18 +48,36 @@ def translated(path: Path, doing: str, needed: int = 0) -> Iterator[None]:
         raise _named(error, path, doing, needed) from error
 
 
-def _named(error: OSError, path: Path, doing: str, needed: int) -> Exception:
+def _named(error: OSError, path: Path, doing: str, needed: int) -> LocalTrouble:
+    where = str(error.filename or path)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StoreFull(str(path), needed, free_bytes(path))
+        return StoreFull(str(path), needed, _free_bytes_if_known(path))
     if error.errno == errno.EROFS:
         return StoreReadOnly(str(path))
     if error.errno in (errno.EACCES, errno.EPERM):
-        return AccessRefused(error.filename or str(path), doing)
+        return AccessRefused(where, doing)
     if error.errno == errno.EIO:
-        return StoreDamaged(error.filename or str(path), "the disk reports an error; check it")
+        return StoreDamaged(where, "the disk reports an error; check it")
     if error.errno == errno.ENOTDIR:
-        return StoreDamaged(error.filename or str(path), "there is a file where a folder should be")
-    return error
+        return StoreDamaged(where, "there is a file where a folder should be")
+    if out_of_descriptors(error):
+        return LocalTrouble(
+            f"cannot {doing} {where}: too many open files; raise the limit (`ulimit -n`) "
+            "and start the node again"
+        )
+    return LocalTrouble(f"cannot {doing} {where}: {error.strerror or error}; check path and disk")
+
+
+def out_of_descriptors(error: OSError) -> bool:
+    """Whether it says nothing about the file, only that no more can be opened now."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def _free_bytes_if_known(path: Path) -> int:
+    try:
+        return free_bytes(path)
+    except OSError:
+        return 0
 
 
 def free_bytes(path: Path) -> int:
@@ -53,13 +87,15 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it, durably, with the mode that Ollama gives them."""
+def make_folder(path: Path, mode: int = SHARED_FOLDER_MODE) -> None:
+    """Make a folder and those above it, durably, with this mode whatever the umask."""
     if path.is_dir():
         return
-    make_folder(path.parent)
+    make_folder(path.parent, mode)
     with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o755)
+        path.mkdir(mode=mode)
+        # Added to what it has: a group that the folder above hands down must stay.
+        path.chmod(stat.S_IMODE(path.stat().st_mode) | mode)
     sync_folder(path.parent)
 
 
@@ -127,7 +163,11 @@ def new_file(folder: Path) -> Iterator[tuple[Path, int]]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove new files that a killed process left behind; those of a living one are locked."""
-    for path in folder.glob("new-*"):
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    for path in (folder / name for name in names if _NEW_FILE.fullmatch(name)):
         with contextlib.suppress(OSError), open_file(path, os.O_RDONLY) as descriptor:
             if lock(descriptor):
                 path.unlink()
@@ -165,6 +205,14 @@ def lock(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def is_named(descriptor: int, path: Path) -> bool:
+    """Whether what is open is what the path names now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def can_rename(source_folder: Path, target_folder: Path) -> bool:

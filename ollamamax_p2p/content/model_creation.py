@@ -6,6 +6,8 @@ GGUF file that has none in its Modelfile, and it converts safetensors; a safeten
 the model's one layer as it is.
 """
 
+import os
+import stat
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,13 +172,21 @@ async def _existing_path(origin: Origin, base_dir: Path, place: str) -> Path | N
     except RuntimeError as error:  # what pathlib says of an unknown user's home
         raise BadModelFile(place, f"{text[:200]!r}: {error}") from error
     if await trio.Path(path).is_dir():
-        raise BadModelFile(place, f"{path} is a folder; name the GGUF or safetensors file in it")
+        problem = "is a folder; name the GGUF or safetensors file in it"
+        raise BadModelFile(place, _about(path, place, problem))
     if await trio.Path(path).exists():
         return path
     # A model's name never looks like these, so the reader meant a file.
     if text.startswith(("/", "./", "../", "~")) or text.endswith((".gguf", ".safetensors")):
-        raise BadModelFile(place, f"there is no file {path}")
+        raise BadModelFile(
+            place, "there is no such file" if place == str(path) else f"there is no file {path}"
+        )
     return None
+
+
+def _about(path: Path, place: str, problem: str) -> str:
+    """The problem with its path, unless the place is that path."""
+    return problem if place == str(path) else f"{path} {problem}"
 
 
 def _absolute(path: Path, base_dir: Path = Path()) -> Path:
@@ -203,6 +213,10 @@ async def _add_part(
     header = await trio.to_thread.run_sync(_read_file_header, path)
     if not isinstance(header, GgufHeader):
         raise BadModelFile(place, f"{path} is not a GGUF file")
+    if media_type == ADAPTER_TYPE and _media_type(header) != ADAPTER_TYPE:
+        raise BadModelFile(
+            place, f"{path} is no adapter: its general.type is not adapter; name a LoRA file"
+        )
     digest = await store.import_file(path)
     draft.layers.append(Layer(media_type, digest, await store.size_of(digest)))
     if media_type == DRAFT_TYPE:
@@ -211,13 +225,16 @@ async def _add_part(
 
 def _read_file_header(path: Path) -> Header:
     try:
-        with path.open("rb") as file:
+        # NONBLOCK: to open a FIFO would wait for its writer, in a thread that nothing can end.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadModelFile(str(path), "not a regular file")
 
             def read_at(offset: int, length: int) -> bytes:
                 file.seek(offset)
                 return file.read(length)
 
-            return read_header(read_at, path.stat().st_size, str(path))
+            return read_header(read_at, os.fstat(file.fileno()).st_size, str(path))
     except FileNotFoundError as error:
         raise BadModelFile(str(path), "there is no such file") from error
     except OSError as error:
@@ -229,6 +246,8 @@ def read_header(read_at: ReadAt, size: int, where: str) -> Header:
     start = read_at(0, min(size, 9))
     if start[8:] == b"{" and not start.startswith(MAGIC):
         return read_safetensors_header(read_at, size, where)
+    if start and start[:4] not in (MAGIC, MAGIC[::-1]):  # reversed: big-endian, told apart below
+        raise BadModelFile(where, "not a GGUF or safetensors file")
     return read_gguf_header(read_at, size, where)
 
 

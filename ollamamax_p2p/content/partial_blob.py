@@ -33,6 +33,7 @@ from ollamamax_p2p.content.core.partial_record import (
 )
 from ollamamax_p2p.content.core.ranges import Ranges
 from ollamamax_p2p.content.durable_files import (
+    is_named,
     lock,
     open_file,
     read_exactly,
@@ -249,15 +250,11 @@ class DiskPartial:
                 raise DataDirInUse(str(self.path.parent), None)
             # Another process may have given the file its final name before we had the lock, and
             # then what we hold is a blob of the store, not to be written.
-            if self._still_named(descriptor):
+            if is_named(descriptor, self.path):
+                # It becomes the blob: no umask may make a blob that Ollama cannot read.
+                os.fchmod(descriptor, 0o644)
                 return descriptor
             os.close(descriptor)
-
-    def _still_named(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), self.path.stat())
-        except FileNotFoundError:
-            return False
 
     def _read_record(self) -> Record | None:
         try:
@@ -299,6 +296,7 @@ class DiskPartial:
             replace_file(self._record_path, b"".join(parts), self.path.parent)
             if self._record != -1:
                 os.close(self._record)
+                self._record = -1  # if nothing can be opened now, it must not be closed twice
             self._record = os.open(self._record_path, os.O_RDWR | os.O_CLOEXEC)
 
     def abandon(self) -> None:
@@ -324,7 +322,8 @@ class DiskPartial:
             raise ValueError(f"the unfinished blob {self.digest} is closed")
         self._busy += 1
         try:
-            return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
+            with translated(self.path, "use"):
+                return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
         finally:
             self._busy -= 1
             if self._busy == 0:
@@ -351,5 +350,34 @@ def record_path(folder: Path, digest: Digest) -> Path:
     return folder / f"{file_name(digest)}.record"
 
 
+def remove_given_up(folder: Path, digest: Digest, before: float) -> bool:
+    """Remove an unfinished blob that nobody has open and nobody wrote to since; says whether it
+    went. before: Unix seconds.
+    """
+    data, record = folder / file_name(digest), record_path(folder, digest)
+    if _last_written(data, record) >= before:
+        return False
+    # Made if only the record is left, because the lock is on the data.
+    with open_file(data, os.O_RDWR | os.O_CREAT) as descriptor:
+        if not lock(descriptor) or not is_named(descriptor, data):
+            return False
+        if _last_written(data, record) >= before:
+            return False
+        # The record first: what is left if this ends here vouches for nothing.
+        record.unlink(missing_ok=True)
+        data.unlink()
+        return True
+
+
+def _last_written(data: Path, record: Path) -> float:
+    """When a pull last had it: every write notes itself in the record, and opening renews it."""
+    try:
+        return record.stat().st_mtime
+    except FileNotFoundError:
+        about = data.stat()
+        return about.st_mtime if about.st_size else 0.0
+
+
 def _read_for_hash(descriptor: int, path: Path, offset: int, length: int) -> bytes:
-    return read_exactly(descriptor, length, offset, path)
+    with translated(path, "read"):
+        return read_exactly(descriptor, length, offset, path)

@@ -136,6 +136,10 @@ class RamStore:
         """See BlobStore."""
         return sorted(self._unfinished)
 
+    async def missing_bytes(self, digest: Digest) -> int | None:
+        """See BlobStore; an unfinished blob has all of its room from the beginning."""
+        return 0 if digest in self._unfinished else None
+
     async def chunk_map(self, digest: Digest) -> ChunkMap:
         """See BlobStore."""
         if digest not in self._maps:
@@ -147,6 +151,13 @@ class RamStore:
         """See BlobStore."""
         try:
             return self._manifests[name.key][1]
+        except KeyError:
+            raise ModelNotFound(str(name)) from None
+
+    async def modified_at(self, name: ModelName) -> datetime:
+        """See BlobStore."""
+        try:
+            return self._manifests[name.key][2]
         except KeyError:
             raise ModelNotFound(str(name)) from None
 

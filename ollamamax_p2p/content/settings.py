@@ -21,6 +21,11 @@ class ContentSettings:
     most, and what is read again when a pull resumes: some 30 ms.
     """
 
+    partial_lifetime_s: float = 14 * 86_400.0
+    """An unfinished blob that no pull has had for so long is removed when the node starts: its
+    pull was given up, and it holds gigabytes that nothing lists. A holiday must not cost a pull.
+    """
+
     hash_threads: int = 2
     """Threads that hash whole blobs: so many cores are busy beside the event loop at most."""
 

@@ -2,11 +2,15 @@
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from ollamamax_p2p.errors import AccessRefused, KeyExposed, StoreDamaged, StoreFull
 
@@ -26,8 +30,12 @@ def write_secret(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write_new(temporary, data)
-        temporary.replace(path)
+        _remove_leftovers(path)
+        with _new_file(temporary) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -68,10 +76,12 @@ def read_secret(path: Path) -> bytes | None:
 
 
 def remove_secret(path: Path) -> None:
-    """Unlink the file if it is there; returns once that survives a power cut. Raises
-    AccessRefused.
+    """Unlink the file if it is there, and what a killed process left of its successors; returns
+    once that survives a power cut. Raises AccessRefused.
     """
     try:
+        # First, so that whoever ends in between still finds the file and removes it again.
+        _remove_leftovers(path)
         path.unlink()
         _sync_folder(path.parent)
     except FileNotFoundError:
@@ -80,13 +90,51 @@ def remove_secret(path: Path) -> None:
         raise _named(error, path, "remove", 0) from error
 
 
-def _write_new(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file, locked until the end of the block so that nobody takes it for a leftover."""
     # Created with its final mode: there is no moment in which others could open it.
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with open(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        _lock(handle)
+        yield file
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what a process that was killed while it wrote this secret left of it: they are whole
+    keys. Only this user's ordinary files of the very name that `write_secret` gives, which no
+    living process is writing.
+    """
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}")
+    try:
+        names = os.listdir(path.parent)
+    except FileNotFoundError:
+        return
+    for name in filter(ours.fullmatch, names):
+        _remove_leftover(path.with_name(name))
+
+
+def _remove_leftover(path: Path) -> None:
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            return
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    try:
+        if _lock(handle):
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,11 +5,13 @@ import fcntl
 import hashlib
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from ollamamax_p2p.errors import (
     BadName,
     BlobNotFound,
     DataDirInUse,
+    LocalTrouble,
     StoreDamaged,
     StoreFull,
     StoreReadOnly,
@@ -118,14 +121,84 @@ async def test_what_is_written_lies_where_ollama_looks_for_it(store, tmp_path):
     }
     for path in files:
         assert (models / path).stat().st_mode & 0o777 == 0o644
-    assert (models / "blobs").stat().st_mode & 0o777 == 0o755 & ~current_umask()
+    assert (models / "blobs").stat().st_mode & 0o777 == 0o755
     assert (models / "manifests/registry.ollama.ai/library/tiny/1b").read_bytes() == manifest.raw
 
 
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@pytest.fixture
+def strict_umask():
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("strict_umask")
+async def test_ollama_can_read_what_we_make_whatever_the_umask(store, tmp_path):
+    config = Layer(CONFIG_TYPE, await store.put(b"{}"), 2)
+    async with await store.partial(DIGEST, len(BLOB)) as partial:
+        await partial.write(0, BLOB)
+        await partial.commit()
+    await store.put_manifest(NAME, build_manifest(config, [Layer(MODEL_TYPE, DIGEST, len(BLOB))]))
+    made = [tmp_path / "models", *(tmp_path / "models").rglob("*")]
+    assert len([path for path in made if path.is_file()]) == 3
+    for path in made:
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+    for folder in ("side", "side/partials", "side/chunk-maps"):
+        assert (tmp_path / folder).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.usefixtures("strict_umask")
+async def test_a_group_that_a_folder_hands_down_stays(tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    models.chmod(0o2775)
+    async with open_disk_store(models, tmp_path / "side", SETTINGS) as store:
+        await store.put(b"x")
+    assert (models / "blobs").stat().st_mode & 0o7777 == 0o2755
+
+
+async def test_a_model_is_forgotten_for_good_before_its_blobs_go(store, tmp_path, monkeypatch):
+    """A power cut in between must not bring back a name without its blobs."""
+    config = Layer(CONFIG_TYPE, await store.put(b"{}"), 2)
+    await store.put(BLOB)
+    manifest = build_manifest(config, [Layer(MODEL_TYPE, DIGEST, len(BLOB))])
+    await store.put_manifest(NAME, manifest)
+    await store.put_manifest(parse_model_name("tiny:2b"), build_manifest(config, []))
+    folder = tmp_path / "models/manifests/registry.ollama.ai/library/tiny"
+    happened = []
+    unlink, sync_folder = Path.unlink, durable_files.sync_folder
+
+    def noted_unlink(path: Path, **options: bool) -> None:
+        unlink(path, **options)
+        happened.append(("gone", path))
+
+    def noted_sync(path: Path) -> None:
+        sync_folder(path)
+        happened.append(("durable", path))
+
+    monkeypatch.setattr(Path, "unlink", noted_unlink)
+    monkeypatch.setattr("ollamamax_p2p.content.disk_store.sync_folder", noted_sync)
+    assert await store.remove_manifest(NAME) == [DIGEST]
+    in_order = [("gone", folder / "1b"), ("durable", folder), ("gone", store.blob_path(DIGEST))]
+    assert [happened.index(each) for each in in_order] == sorted(map(happened.index, in_order))
+
+
+async def test_manifests_that_cannot_be_listed_keep_every_blob(store, tmp_path, monkeypatch):
+    ollamas_store(tmp_path / "models")
+    hidden = tmp_path / "models/manifests-v2/host"
+    hidden.mkdir(parents=True)
+    await store.put(b"needed by nobody who can be read")
+    listdir = os.listdir
+
+    def refuse(folder: Path) -> list[str]:
+        if folder == hidden:
+            raise PermissionError(errno.EACCES, "no", str(folder))
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(AccessRefused, match="manifests-v2/host"):
+        await store.remove_unused([digest_of(b"needed by nobody who can be read")])
+    assert await store.has(digest_of(b"needed by nobody who can be read"))
 
 
 async def test_removing_the_last_tag_removes_the_empty_folders(store, tmp_path):
@@ -348,6 +421,159 @@ async def test_what_a_killed_process_left_half_written_is_swept(tmp_path):
     assert list(folder.iterdir()) == []
 
 
+NOW = datetime(2001, 1, 1, tzinfo=UTC)
+LIFETIME_S = SETTINGS.partial_lifetime_s
+
+
+def opened(folder: Path, **options: bool):
+    return open_disk_store(folder / "models", folder / "side", SETTINGS, now=lambda: NOW, **options)
+
+
+async def unfinished(folder: Path, data: bytes, age_s: float) -> Path:
+    """An unfinished blob that nobody has had for so long; where it is."""
+    async with opened(folder) as store, await store.partial(digest_of(data), MiB) as partial:
+        await partial.write(0, data)
+    at = NOW.timestamp() - age_s
+    os.utime(record_of(folder / "side", digest_of(data)), (at, at))
+    return partial.path
+
+
+async def test_an_unfinished_blob_that_was_given_up_is_removed(tmp_path):
+    kept = await unfinished(tmp_path, b"kept", LIFETIME_S - 1)
+    given_up = await unfinished(tmp_path, b"given up", LIFETIME_S + 1)
+    bare = given_up.with_name(file_name(digest_of(b"without a record")))
+    bare.write_bytes(b"half")
+    os.utime(bare, (0, 0))
+    lone = record_of(tmp_path / "side", digest_of(b"only a record"))
+    lone.write_bytes(b"x")
+    os.utime(lone, (0, 0))
+    async with opened(tmp_path) as store:
+        assert await store.partials() == [digest_of(b"kept")]
+    assert sorted(path.name for path in kept.parent.iterdir()) == [
+        kept.name,
+        f"{kept.name}.record",
+    ]
+
+
+async def test_going_on_with_a_blob_keeps_it_for_as_long_again(tmp_path):
+    path = await unfinished(tmp_path, b"kept", LIFETIME_S - 1)
+    record = record_of(tmp_path / "side", digest_of(b"kept"))
+    before = record.stat().st_mtime
+    async with opened(tmp_path) as store, await store.partial(digest_of(b"kept"), MiB):
+        pass
+    assert record.stat().st_mtime > before
+    assert path.exists()
+
+
+async def test_an_old_unfinished_blob_that_another_process_writes_is_left_alone(tmp_path):
+    path = await unfinished(tmp_path, b"theirs", LIFETIME_S + 1)
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        async with opened(tmp_path):
+            pass
+    assert path.exists()
+    assert record_of(tmp_path / "side", digest_of(b"theirs")).exists()
+
+
+async def test_a_store_that_may_only_be_read_removes_no_unfinished_blob(tmp_path):
+    path = await unfinished(tmp_path, b"old", LIFETIME_S + 1)
+    async with opened(tmp_path, read_only=True):
+        pass
+    assert path.exists()
+
+
+async def test_opening_a_store_removes_no_whole_blob(tmp_path):
+    async with opened(tmp_path) as store:
+        digest = await store.put(b"named by nobody")
+        os.utime(store.blob_path(digest), (0, 0))
+    async with opened(tmp_path) as store:
+        assert await store.has(digest)
+
+
+async def test_leftovers_are_swept_wherever_files_are_made(tmp_path):
+    left = [
+        tmp_path / folder / name
+        for folder, name in (
+            ("side/partials", "new-0123456789abcdef"),
+            ("side/partials", "new-0123456789abcdef-link"),
+            ("side/chunk-maps", "new-0123456789abcdef"),
+            ("models/.omx", "new-0123456789abcdef"),
+            ("models", ".new-0123456789abcdef"),
+        )
+    ]
+    theirs = tmp_path / "models/new-model.gguf"
+    for path in (*left, theirs):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    async with opened(tmp_path):
+        pass
+    assert not [path for path in left if path.exists()]
+    assert theirs.exists()
+
+
+async def test_what_was_given_up_but_cannot_be_removed_does_not_stop_the_store(tmp_path, caplog):
+    (tmp_path / "side").mkdir()
+    (tmp_path / "side/partials").write_text("a file where the folder should be")
+    async with opened(tmp_path) as store:
+        assert await store.blobs() == []
+    assert "cannot remove what was given up" in caplog.text
+
+
+@pytest.fixture
+def no_more_files():
+    """A switch: from then on this process can open nothing."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def switch() -> None:
+        free = os.open(os.devnull, os.O_RDONLY)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+
+    yield switch
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+async def test_a_node_that_ran_out_of_files_says_so_whatever_it_is_asked(
+    store, tmp_path, no_more_files
+):
+    models = ollamas_store(tmp_path / "models")
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"x")
+    await store.put(b"y")
+    manifest = await store.manifest(NAME)
+    calls = [
+        (store.open, DIGEST),
+        (store.chunk_map, DIGEST),
+        (store.manifest, NAME),
+        (store.blobs,),
+        (store.put, b"new"),
+        (store.import_file, path),
+        (store.partial, digest_of(b"other"), 5),
+        (store.put_manifest, parse_model_name("tiny:new"), manifest),
+        (store.remove_manifest, NAME),
+    ]
+    no_more_files()
+    for call, *arguments in calls:
+        with pytest.raises(LocalTrouble, match=r"too many open files.*ulimit -n"):
+            await call(*arguments)
+    assert await store.has(DIGEST)
+    assert (models / "manifests/registry.ollama.ai/library/tiny/1b").is_file()
+
+
+async def test_what_the_system_has_no_name_for_still_names_the_path(store, monkeypatch):
+    await store.put(BLOB)
+    path = str(store.blob_path(DIGEST))
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(LocalTrouble) as caught:
+        await store.size_of(DIGEST)
+    assert path in str(caught.value)
+    assert os.strerror(errno.ESTALE) in str(caught.value)
+
+
 async def test_a_store_below_a_file_cannot_be_written(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     async with open_disk_store(tmp_path / "file/models", tmp_path / "side", SETTINGS) as store:
@@ -364,7 +590,8 @@ async def test_a_store_below_a_file_cannot_be_written(tmp_path):
         (errno.EACCES, AccessRefused),
         (errno.EIO, StoreDamaged),
         (errno.ENOTDIR, StoreDamaged),
-        (errno.EMFILE, OSError),
+        (errno.EMFILE, LocalTrouble),
+        (errno.ENODEV, LocalTrouble),
     ],
 )
 async def test_what_the_system_refuses_comes_out_as_an_error_of_ours(

@@ -1,6 +1,7 @@
 """Models made from files and Modelfiles, on the store in memory unless the disk matters."""
 
 import json
+import os
 
 import pytest
 
@@ -277,7 +278,10 @@ async def test_adapters_and_drafts_are_layers_of_their_own(store, folder):
         ('FROM ""', "needs a file"),
         ("FROM ./model.gguf\nADAPTER absent", "there is no file"),
         ("FROM ./model.gguf\nADAPTER ./weights.safetensors", "not a GGUF"),
-        ("FROM ./notes.txt", "does not begin with GGUF"),
+        ("FROM ./notes.txt", "not a GGUF or safetensors file"),
+        ("FROM ./model.gguf\nADAPTER ./model.gguf", "is no adapter"),
+        ("FROM ./fifo", "not a regular file"),
+        ("FROM ./model.gguf\nADAPTER ./fifo", "not a regular file"),
         ("FROM ./short.gguf", "cut short"),
     ],
 )
@@ -285,14 +289,24 @@ async def test_a_modelfile_that_names_no_model_leaves_nothing(store, folder, tex
     (folder / "notes.txt").write_text("notes, not a model")
     (folder / "weights.safetensors").write_bytes(safetensors_file(WEIGHTS))
     (folder / "short.gguf").write_bytes((folder / "model.gguf").read_bytes()[:-1])
+    os.mkfifo(folder / "fifo")
     with pytest.raises(BadModelFile, match=problem):
         await create_model(store, NAME, text, folder)
     assert await store.models() == []
 
 
 async def test_a_file_that_is_not_there_is_not_imported(store, folder):
-    with pytest.raises(BadModelFile, match="there is no file"):
+    with pytest.raises(BadModelFile) as caught:
         await import_model(store, folder / "absent", NAME)
+    assert str(caught.value) == f"{folder / 'absent'}: there is no such file"
+
+
+async def test_what_is_no_file_is_refused_at_once_and_named_once(store, folder):
+    os.mkfifo(folder / "fifo")
+    for name, problem in (("fifo", "not a regular file"), (".", "is a folder")):
+        with pytest.raises(BadModelFile, match=problem) as caught:
+            await import_model(store, folder / name, NAME)
+        assert str(caught.value).count(str(folder)) == 1
 
 
 async def test_nothing_is_made_in_a_store_that_may_only_be_read(folder):
@@ -340,7 +354,7 @@ async def test_an_unreadable_file_is_named(store, folder, monkeypatch):
     def refuse(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.open", refuse)
+    monkeypatch.setattr("os.open", refuse)
     with pytest.raises((BadModelFile, AccessRefused), match=r"Permission|permission"):
         await import_model(store, folder / "model.gguf", NAME)
 

@@ -1,8 +1,12 @@
 """The node key and the files that only this user may read."""
 
 import errno
+import fcntl
 import os
+import signal
 import stat
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -144,6 +148,97 @@ def test_a_write_that_fails_leaves_the_old_secret_and_nothing_else(
         with pytest.raises(error):
             write_secret(path, b"new")
     assert read_secret(path) == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+HALF = ".secret.0123456789abcdef"
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("way", [remove_secret, lambda path: write_secret(path, b"new")])
+def test_what_a_killed_process_left_of_a_secret_goes_with_the_next_step(tmp_path, way, there):
+    path, half = tmp_path / "secret", tmp_path / HALF
+    if there:
+        write_secret(path, b"old")
+    half.write_bytes(b"a whole key")
+    way(path)
+    assert not half.exists()
+
+
+@pytest.mark.network
+def test_a_process_killed_before_the_rename_leaves_a_file_that_is_known_again(tmp_path):
+    """The name that `write_secret` really gives, not the one that the other tests write down."""
+    path = tmp_path / "secret"
+    dying = (
+        "import os, sys, signal, pathlib\n"
+        "from ollamamax_p2p.identity import write_secret\n"
+        "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_secret(pathlib.Path(sys.argv[1]), b'key')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", dying, path], timeout=60, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"key"]
+    remove_secret(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_secret_that_cannot_lose_its_leftovers_is_still_there_to_be_removed(
+    tmp_path, monkeypatch
+):
+    """Else nothing would lead anybody back to the keys in them."""
+    path, half = tmp_path / "secret", tmp_path / HALF
+    write_secret(path, b"key")
+    half.write_bytes(b"a whole key")
+    unlink = Path.unlink
+
+    def fail(each: Path, **options: bool) -> None:
+        if each == half:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        unlink(each, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", fail)
+        with pytest.raises(StoreDamaged):
+            remove_secret(path)
+    assert path.exists()
+    remove_secret(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_not_leftovers_of_this_secret_stay(tmp_path):
+    path = tmp_path / "secret"
+    others = [".secret", ".secret.0123", f"{HALF}0", ".secret.0123456789ABCDEF", ".other" + HALF]
+    for name in others:
+        (tmp_path / name).write_bytes(b"not ours")
+    (tmp_path / HALF).symlink_to(tmp_path / ".secret")
+    (tmp_path / f"{HALF[:-1]}0").mkdir()
+    living = tmp_path / f"{HALF[:-1]}1"
+    living.write_bytes(b"being written")
+    before = sorted(tmp_path.iterdir())
+    with living.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        write_secret(path, b"x")
+        remove_secret(path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_two_who_write_one_secret_at_once_do_not_take_each_other_for_leftovers(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "secret"
+    replace = Path.replace
+    replaced = []
+
+    def meanwhile(temporary: Path, target: Path) -> Path:
+        replaced.append(temporary)
+        if len(replaced) == 1:
+            write_secret(path, b"second")
+        return replace(temporary, target)
+
+    monkeypatch.setattr(Path, "replace", meanwhile)
+    write_secret(path, b"first")
+    assert read_secret(path) == b"first"
+    assert len(replaced) == 2
     assert list(tmp_path.iterdir()) == [path]
 
 
