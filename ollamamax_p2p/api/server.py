@@ -7,12 +7,19 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
+import anyio.abc
 import trio
-from anycorn import Config, serve
+from anycorn import Config
+from anycorn.tcp_server import tcp_server_handler
+from anycorn.typing import ConnectionState
+from anycorn.utils import wrap_app
+from anycorn.worker_context import WorkerContext
+from starlette.applications import Starlette
 
+from ollamamax_p2p.api.accepting import take_connections
 from ollamamax_p2p.api.app import make_app
 from ollamamax_p2p.api.node_file import NodeFile, new_token, remove_files, write_files
 from ollamamax_p2p.api.served_node import ServedNode
@@ -45,21 +52,49 @@ async def open_api(
 
     data_dir: where the token and node.json are written; both are removed at the end.
     """
-    listener = _listener(settings.listen)
-    address = _shown(listener)
-    token, stopping = new_token(), trio.Event()
-    async with trio.open_nursery() as nursery:
-        async with open_shared_pulls(node) as pulls:
-            app = make_app(node, pulls, token=token)
-            start = partial(serve, shutdown_trigger=stopping.wait, mode="asgi")
-            await nursery.start(start, app, _server_config(listener))
-            found = NodeFile(pid=os.getpid(), api=address, peer_id=peer_id)
-            await trio.to_thread.run_sync(write_files, data_dir, found, token)
-            try:
-                yield ApiServer(address, token)
-            finally:
-                remove_files(data_dir)  # two unlinks; in a thread a cancellation would skip them
-        stopping.set()
+    with _listener(settings.listen) as listener:
+        address, token = _shown(listener), new_token()
+        async with trio.open_nursery() as nursery:
+            accepting, server = trio.CancelScope(), WorkerContext(None)
+            async with open_shared_pulls(node) as pulls:
+                app = make_app(node, pulls, token=token)
+                nursery.start_soon(_serve, listener, app, server, nursery, accepting)
+                found = NodeFile(pid=os.getpid(), api=address, peer_id=peer_id)
+                await trio.to_thread.run_sync(write_files, data_dir, found, token)
+                try:
+                    yield ApiServer(address, token)
+                finally:
+                    remove_files(data_dir)  # two unlinks; in a thread, cancelling would skip them
+            accepting.cancel()
+            await server.terminated.set()
+            nursery.cancel_scope.deadline = trio.current_time() + STOP_GRACE_S
+
+
+async def _serve(
+    listener: socket.socket,
+    app: Starlette,
+    server: WorkerContext,
+    nursery: trio.Nursery,
+    accepting: trio.CancelScope,
+) -> None:
+    """Take connections until `accepting` is cancelled; those that are open go on in the nursery."""
+    config = _server_config()
+    # anycorn.serve would be all this, but its accepting has no bound and ends on any error.
+    asgi: Any = app  # two libraries' types of one protocol
+    wrapped = wrap_app(asgi, config.wsgi_max_body_size, "asgi")
+    handle = tcp_server_handler(wrapped, config, server, ConnectionState({}))
+
+    async def serve(connection: socket.socket) -> None:
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stream = await anyio.abc.SocketStream.from_socket(connection)
+        except (OSError, ValueError):  # the client has gone already
+            connection.close()
+            return
+        await handle(stream)
+
+    with accepting:
+        await take_connections(listener, serve, nursery)
 
 
 def _listener(listen: str) -> socket.socket:
@@ -90,11 +125,9 @@ def _named(error: OSError, listen: str) -> PortInUse | AccessRefused | BadConfig
     return BadConfig("api.listen", f"cannot listen on {listen} ({error.strerror or error})")
 
 
-def _server_config(listener: socket.socket) -> Config:
+def _server_config() -> Config:
     config = Config()
-    config.bind = [f"fd://{listener.detach()}"]  # the server owns it from here on
     config.errorlog = logging.getLogger("ollamamax_p2p.api")
-    config.graceful_timeout = STOP_GRACE_S
     config.include_server_header = False
     config.h11_max_incomplete_size = HEADER_BYTES_MAX
     config.websocket_max_message_size = EVENT_CLIENT_BYTES_MAX

@@ -88,8 +88,9 @@ STRANGERS_MAX = 128
 REFUSED_TICKETS_PER_PEER = 5
 REFUSED_TICKETS_MAX = 60
 REFUSED_TICKETS_WINDOW_S = 60.0
-"""Within this time one peer, or all together, may show so many bad tickets before we look at none.
-Nobody guesses 128 bits; this is so that trying costs us nothing.
+"""Within this time one peer, or all together, may show so many bad tickets before further bad ones
+are neither logged nor explained. A good one is honoured all the same: looking it up costs less than
+the handshake before it, nobody guesses 128 bits, and a flood of bad ones must lock nobody out.
 """
 
 STREAMS_PER_PEER = 4
@@ -256,6 +257,7 @@ class Connections:
         self._dialling: weakref.WeakValueDictionary[PeerId, trio.Lock] = (
             weakref.WeakValueDictionary()
         )
+        self._parting: dict[PeerId, list[trio.Event]] = {}
         self._disk = trio.CapacityLimiter(1)
         self._nonce = 0
         self._closed = False
@@ -403,7 +405,7 @@ class Connections:
         if len(self._strangers) >= STRANGERS_MAX:
             oldest, stranger = self._strangers.popitem(last=False)
             stranger.waiting.cancel()
-            self._nursery.start_soon(self._disconnect, oldest)
+            self._part(oldest)
         stranger = _Stranger(trio.current_time() + PROOF_DEADLINE_S)
         self._strangers[peer] = stranger
         self._nursery.start_soon(self._await_proof, peer, stranger)
@@ -415,7 +417,7 @@ class Connections:
                 await trio.sleep_until(stranger.deadline)
             _log.info("dropping %s: it did not prove that it is a member", peer)
             self._strangers.pop(peer, None)
-            await self._disconnect(peer)
+            self._part(peer)
 
     def _went(self, peer: PeerId) -> None:
         """A peer was disconnected; perhaps it is back already."""
@@ -444,6 +446,9 @@ class Connections:
 
     async def _connect(self, addresses: Sequence[Address]) -> None:
         with trio.move_on_after(self._settings.dial_timeout_s):
+            # A connection that is being ended looks alive, and would fail us in a moment.
+            while parting := self._parting.get(addresses[0].peer):
+                await parting[0].wait()
             await self._host.connect(addresses)
             return
         raise PeerUnreachable(
@@ -548,7 +553,7 @@ class Connections:
         """End a conversation that led to nothing, and the connection unless another one holds."""
         if not self._closed:
             self._nursery.start_soon(talk.aclose)
-            self._nursery.start_soon(self._disconnect, talk.peer)
+            self._part(talk.peer)
 
     # -- answering
 
@@ -659,15 +664,15 @@ class Connections:
         await self._let_it_read(talk)
 
     async def _redemption(self, peer: PeerId, request: Redeem) -> Granted | Refused:
-        now = trio.current_time()
         membership = self._membership
-        if not self._refusals.room_for(peer, now=now):
-            return Refused(reason=BUSY)
         try:
             if membership is None or request.swarm_id != membership.swarm_id:
                 raise TicketUnknown
             grant = await self._redeem_on_disk(membership, request.secret, peer)
         except BadTicket as error:
+            now = trio.current_time()
+            if not self._refusals.room_for(peer, now=now):
+                return Refused(reason=BUSY)
             self._refusals.add(peer, now=now)
             _log.warning("refused a ticket of peer %s: %s", peer, error)
             self._report("peer.refused", peer, reason=code(error))
@@ -808,12 +813,24 @@ class Connections:
         link.over.set()
         _log.info("lost peer %s: %s", link.peer, problem)
         self._report("peer.lost", link.peer, problem=problem)
-        self._nursery.start_soon(self._disconnect, link.peer)
+        self._part(link.peer)
 
-    async def _disconnect(self, peer: PeerId) -> None:
-        if peer not in self._links:
-            with trio.move_on_after(_DISCONNECT_S):
-                await self._host.disconnect(peer)
+    def _part(self, peer: PeerId) -> None:
+        """Disconnect in the background; who dials the peer meanwhile waits for it."""
+        over = trio.Event()
+        self._parting.setdefault(peer, []).append(over)
+        self._nursery.start_soon(self._disconnect, peer, over)
+
+    async def _disconnect(self, peer: PeerId, over: trio.Event) -> None:
+        try:
+            if peer not in self._links:
+                with trio.move_on_after(_DISCONNECT_S):
+                    await self._host.disconnect(peer)
+        finally:
+            self._parting[peer].remove(over)
+            if not self._parting[peer]:
+                del self._parting[peer]
+            over.set()
 
     async def _say_goodbye(self, *, leaving: bool) -> None:
         """Also waits until it was heard, which a connection that is ended at once would prevent."""

@@ -506,6 +506,7 @@ class Libp2pHost:
         """Set the hooks by which py-libp2p does what we say."""
         swarm, basic = self._swarm, self._basic
         swarm.set_stream_handler(self._door)
+        swarm.upgrader.muxer_multistream.is_admitted = self.is_member
         swarm.register_notifee(_Notifee(self))
         swarm.retry_config = RetryConfig(max_retries=0)  # connections.py retries
         swarm._handle_inbound_connection = self._accept

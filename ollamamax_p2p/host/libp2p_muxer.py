@@ -5,7 +5,8 @@ Three things differ from the library's `Yamux` (docs/py-libp2p.md, "Yamux"):
 - One task writes; everybody else queues whole frames. So a send that is cancelled leaves either a
   whole frame or none, never half an encrypted record that makes the connection unreadable, and
   control frames (window updates, resets, pings) never wait behind a peer that does not read.
-- What a peer may make us keep is bounded: the library only warns when a peer overruns its window.
+- What a peer may make us keep is bounded: the library only warns when a peer overruns its window,
+  and reads a frame of 16 MiB on a stream whose window is 256 KiB.
 - What had arrived when the other side closed the connection can still be read; closing takes no
   fixed 0.1 s.
 """
@@ -21,6 +22,7 @@ from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import (
+    DEFAULT_WINDOW_SIZE,
     GO_AWAY_NORMAL,
     HEADER_SIZE,
     TYPE_GO_AWAY,
@@ -29,6 +31,7 @@ from libp2p.stream_muxer.yamux.yamux import (
     YamuxStream,
 )
 
+KiB = 1024
 MiB = 1024 * 1024
 
 QUEUED_DATA_FRAMES_MAX = 8
@@ -40,6 +43,11 @@ QUEUED_FRAMES_MAX = 4_096
 UNREAD_BYTES_MAX = 64 * MiB
 """Of one connection, over all its streams. A stream's window ends at 16 MiB, and the transfer
 protocol keeps few streams open; whoever exceeds this ignores its windows.
+"""
+
+STRANGER_UNREAD_BYTES_MAX = 64 * KiB
+"""Of a peer that is not admitted: it has a ticket or a credential to show, a few KiB. A hundred
+strangers at once then cost 8 MiB.
 """
 
 FLUSH_TIMEOUT_S = 0.2
@@ -55,8 +63,12 @@ class BoundedYamux(Yamux):
         peer_id: ID,
         is_initiator: bool | None = None,
         on_close: Callable[[], Awaitable[Any]] | None = None,
+        *,
+        is_admitted: Callable[[ID], bool] = lambda peer_id: False,
     ) -> None:
+        """is_admitted: asked for each frame with data, how much the peer may make us keep."""
         super().__init__(secured_conn, peer_id, is_initiator, on_close)
+        self._is_admitted = is_admitted
         self._queue, self._to_write = trio.open_memory_channel[bytes](QUEUED_FRAMES_MAX)
         self._queued = 0
         self._queued_data = 0
@@ -164,11 +176,21 @@ class BoundedYamux(Yamux):
 
     async def _read_data_body(self, length: int) -> bytes:
         unread = sum(map(len, self.stream_buffers.values()))
-        if unread + length > UNREAD_BYTES_MAX:
+        admitted = self._is_admitted(self.peer_id)
+        room = (UNREAD_BYTES_MAX if admitted else STRANGER_UNREAD_BYTES_MAX) - unread
+        if length > min(room, self._widest_window()):
             # The one error that makes the reading loop close the connection; any other is logged
             # there, and the loop goes on in the middle of the frame.
             raise trio.TooSlowError
         return await super()._read_data_body(length)
+
+    def _widest_window(self) -> int:
+        """The most that one frame may have: the library does not say here of which stream it is.
+
+        A new stream's window at least: frames may be under way for streams that we have ended.
+        """
+        windows = (stream.recv_window for stream in self.streams.values())
+        return max(DEFAULT_WINDOW_SIZE, *windows) if self.streams else DEFAULT_WINDOW_SIZE
 
 
 def keep_unread(stream: YamuxStream, data: bytes) -> None:
@@ -191,8 +213,13 @@ def had_ended(stream: YamuxStream) -> bool:
 class BoundedMuxer(MuxerMultistream):
     """Negotiates yamux and makes `BoundedYamux` of it; the library would make its own class."""
 
+    is_admitted: Callable[[ID], bool] = staticmethod(lambda peer_id: False)
+    """The host's, once there is one."""
+
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
         """See MuxerMultistream."""
         protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
-        yamux = BoundedYamux(conn, peer_id, is_initiator=conn.is_initiator)
+        yamux = BoundedYamux(
+            conn, peer_id, is_initiator=conn.is_initiator, is_admitted=self.is_admitted
+        )
         return self._annotate_connection(yamux, conn, protocol)

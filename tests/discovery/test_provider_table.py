@@ -106,6 +106,37 @@ def test_a_full_table_makes_room_by_dropping_what_has_expired():
     assert len(table) == 1
 
 
+class CountedSearches(ProviderTable):
+    searches = 0
+
+    def expire(self, now):
+        self.searches += 1
+        super().expire(now)
+
+
+def test_a_full_table_is_not_searched_for_each_record_that_is_told():
+    table = CountedSearches(records_max=32)
+    tell(table, 0, range(32), lifetime_s=0)
+    for _ in range(3):
+        tell(table, 1, range(64), lifetime_s=0, now=0.5)
+    assert table.searches == 1
+    tell(table, 1, range(64), lifetime_s=0, now=1.5)
+    assert table.searches == 2
+    assert len(table) == 32
+
+
+def test_the_peer_with_the_most_records_is_known_whatever_was_dropped_before():
+    table = ProviderTable(records_max=6)
+    tell(table, 0, [0, 1, 2])
+    tell(table, 1, [10, 11])
+    tell(table, 0, released=[0, 1])
+    tell(table, 2, [20, 21, 22])
+    tell(table, 3, [30, 31])  # two have to go: peer 2 has most, then peer 1 has as many
+    assert holders(table, 20) == []
+    assert holders(table, 2) == [0]
+    assert len(table) == 6
+
+
 TELLS = st.lists(
     st.tuples(
         st.integers(0, 7),
@@ -126,6 +157,8 @@ def test_the_table_stays_bounded_and_counts_right_whatever_peers_tell(tells):
         now += 3
         tell(table, peer, held, released, fresh=fresh, lifetime_s=lifetime_s, now=now)
         assert len(table) <= 20
+        counts = [len(records) for records in table._expiry.values()]
+        assert table._largest == max(counts, default=0)
     table.expire(now)
     alive = [holders(table, blob, now=now) for blob in range(64)]
     assert len(table) == sum(map(len, alive))

@@ -259,7 +259,7 @@ async def test_a_ticket_of_another_swarm_is_unknown(autojump_clock, swarm):
     assert isinstance(await refused_ticket(swarm, ticket), TicketUnknown)
 
 
-async def test_one_that_tries_many_bad_tickets_is_heard_no_more(autojump_clock, swarm):
+async def test_bad_tickets_beyond_a_few_are_not_explained_any_more(autojump_clock, swarm, caplog):
     founder = await swarm.add("founder", Membership.create(None))
     good = swarm.issue(founder)
     thief = await swarm.add("thief", None)
@@ -267,9 +267,38 @@ async def test_one_that_tries_many_bad_tickets_is_heard_no_more(autojump_clock, 
         with pytest.raises(TicketUnknown):
             await thief.links.redeem(replace(good, secret=guess.to_bytes(16, "big")))
     with pytest.raises(PeerUnreachable, match="too many tickets"):
-        await thief.links.redeem(good)
+        await thief.links.redeem(replace(good, secret=bytes([7] * 16)))
+    assert caplog.text.count("refused a ticket") == 5
     await trio.sleep(61)
-    await thief.links.redeem(good)
+    with pytest.raises(TicketUnknown):
+        await thief.links.redeem(replace(good, secret=bytes([7] * 16)))
+
+
+async def test_a_good_ticket_is_honoured_however_many_bad_ones_are_shown(autojump_clock, swarm):
+    founder = await swarm.add("founder", Membership.create(None))
+    good = swarm.issue(founder, uses=2)
+    for number in range(13):  # sixty bad tickets in a minute are as many as are explained to all
+        thief = await swarm.add(f"thief {number}", None)
+        for guess in range(5):
+            with pytest.raises((TicketUnknown, PeerUnreachable)) as refused:
+                await thief.links.redeem(replace(good, secret=guess.to_bytes(16, "big")))
+    assert isinstance(refused.value, PeerUnreachable)  # there was no room any more
+    honest = await swarm.add("honest", None)
+    assert (await honest.links.redeem(good)).issuer == founder.peer
+    assert (await thief.links.redeem(good)).issuer == founder.peer
+
+
+async def test_right_after_a_refusal_the_same_node_may_try_again(autojump_clock, swarm):
+    founder = await swarm.add("founder", Membership.create(None))
+    good = swarm.issue(founder)
+    newcomer = await swarm.add("newcomer", None)
+    await newcomer.host.connect(founder.host.addresses)
+    for guess in range(3):
+        with pytest.raises(TicketUnknown):
+            await newcomer.links.redeem(replace(good, secret=guess.to_bytes(16, "big")))
+        assert newcomer.links._parting  # the refused connection is still being ended
+    assert (await newcomer.links.redeem(good)).issuer == founder.peer
+    assert not newcomer.links._parting
 
 
 async def test_a_stranger_gets_nothing_and_is_thrown_out(autojump_clock, swarm, members):

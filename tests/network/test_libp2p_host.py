@@ -262,6 +262,49 @@ async def test_a_peer_that_ignores_its_windows_is_cut_off(alice, bob):
     await until(lambda: not bob.connections())
 
 
+async def begin_frame(here, there, *, length: int, sent: int) -> None:
+    """Open a stream with a frame that has so many bytes, of which these are sent."""
+    yamux = here.libp2p.get_network().get_connections(ID.from_base58(there.peer_id))[0].muxed_conn
+    header = struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_DATA, FLAG_SYN, 4_001, length)
+    await yamux._write_frame(header + bytes(sent))
+
+
+@pytest.mark.parametrize("length", [65_537, 16 * 1024 * 1024])
+async def test_a_stranger_that_announces_a_long_frame_is_cut_off_before_it_is_read(
+    alice, bob, length
+):
+    await alice.connect(bob.addresses)
+    await until(lambda: bool(bob.connections()))
+    await begin_frame(alice, bob, length=length, sent=1)
+    await until(lambda: not bob.connections())
+
+
+async def test_a_stranger_may_leave_a_little_unread_over_all_its_streams(alice, bob):
+    bob.set_handler("/test/join/1", hold_for_ever, for_strangers=True)
+    await alice.connect(bob.addresses)
+    for _ in range(2):
+        stream = await alice.open_stream(bob.peer_id, "/test/join/1")
+        await stream.send_all(bytes(30_000))
+    network = bob.libp2p.get_network()
+    yamux = network.get_connections(ID.from_base58(alice.peer_id))[0].muxed_conn
+    await until(lambda: sum(map(len, yamux.stream_buffers.values())) >= 60_000)
+    assert bob.connections()
+    await stream.send_all(bytes(6_000))
+    await until(lambda: not bob.connections())
+
+
+async def test_a_member_that_announces_more_than_any_window_is_cut_off(alice, bob):
+    await befriend(alice, bob)
+    await begin_frame(alice, bob, length=256 * 1024, sent=256 * 1024)  # what a window allows
+    assert await answers(alice, bob)
+    await begin_frame(alice, bob, length=16 * 1024 * 1024, sent=1)  # what py-libp2p would read
+    await until(lambda: not bob.connections())
+
+
+async def hold_for_ever(stream: ByteStream) -> None:
+    await trio.sleep_forever()
+
+
 async def test_a_flood_of_streams_that_end_at_once_disturbs_nobody(alice, bob):
     await befriend(alice, bob)
     connection = alice.libp2p.get_network().get_connections(ID.from_base58(bob.peer_id))[0]

@@ -5,6 +5,7 @@ than its share loses its own oldest records; when the whole table is full, the p
 records loses its oldest, so a flood pushes out the flooder and not the others.
 """
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,11 @@ RECORDS_PER_PEER_MAX = 16_384
 
 RECORDS_MAX = 200_000
 """About 40 MB of dictionaries; two hundred peers with a thousand blobs each."""
+
+SWEEP_PAUSE_S = 1.0
+"""A full table looks for expired records at most this often: a look takes 20 ms, and a peer may
+tell records that live for a moment.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,10 @@ class ProviderTable:
         self._holders: dict[Digest, dict[PeerId, None]] = {}
         self._addresses: dict[PeerId, tuple[Address, ...]] = {}
         self._count = 0
+        self._sizes: dict[int, dict[PeerId, None]] = {}  # who has so many records
+        self._largest = 0
+        self._earliest = math.inf  # no record expires before
+        self._sweep_at = -math.inf
 
     def __len__(self) -> int:
         return self._count
@@ -87,22 +97,30 @@ class ProviderTable:
 
     def expire(self, now: float) -> None:
         """Drop what was not renewed."""
+        if now < self._earliest:
+            return
         for peer in list(self._expiry):
             dead = [d for d, expires in self._expiry[peer].items() if expires <= now]
             for digest in dead:
                 self._remove(peer, digest)
+        alive = (min(records.values()) for records in self._expiry.values())
+        self._earliest = min(alive, default=math.inf)
 
     def _put(self, peer: PeerId, digest: Digest, expires: float, now: float) -> None:
         self._remove(peer, digest)  # a renewed record becomes the peer's newest
         if len(self._expiry.get(peer, ())) >= self._per_peer_max:
             self._remove_oldest_of(peer)
-        if self._count >= self._records_max:
+        if self._count >= self._records_max and now >= self._sweep_at:
+            self._sweep_at = now + SWEEP_PAUSE_S
             self.expire(now)
         if self._count >= self._records_max:
-            self._remove_oldest_of(max(self._expiry, key=lambda each: len(self._expiry[each])))
-        self._expiry.setdefault(peer, {})[digest] = expires
+            self._remove_oldest_of(next(iter(self._sizes[self._largest])))
+        records = self._expiry.setdefault(peer, {})
+        records[digest] = expires
         self._holders.setdefault(digest, {})[peer] = None
         self._count += 1
+        self._earliest = min(self._earliest, expires)
+        self._resized(peer, len(records) - 1, len(records))
 
     def _remove_oldest_of(self, peer: PeerId) -> None:
         self._remove(peer, next(iter(self._expiry[peer])))
@@ -112,9 +130,23 @@ class ProviderTable:
         if records is None or records.pop(digest, None) is None:
             return
         self._count -= 1
+        self._resized(peer, len(records) + 1, len(records))
         if not records:
             del self._expiry[peer]
             self._addresses.pop(peer, None)
         del self._holders[digest][peer]
         if not self._holders[digest]:
             del self._holders[digest]
+
+    def _resized(self, peer: PeerId, before: int, after: int) -> None:
+        """Keep track of who has the most records: looking at every peer each time costs too much
+        while somebody floods. Sizes change by one, so the largest does too.
+        """
+        if before:
+            del self._sizes[before][peer]
+            if not self._sizes[before]:
+                del self._sizes[before]
+        if after:
+            self._sizes.setdefault(after, {})[peer] = None
+        if after > self._largest or self._largest not in self._sizes:
+            self._largest = after

@@ -1,0 +1,76 @@
+"""Take the API's connections: so many at once and no more, whatever the machine is short of.
+
+The HTTP server's own loop takes everybody and ends on the first error of the system, "too many open
+files" among them, and the node with it. Any local program could do that: a connection needs no
+token. So the loop is ours, and the server gets one connection at a time.
+"""
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+
+import trio
+
+CONNECTIONS_MAX = 128
+"""Each pull or event stream of a program holds one; a connection that says nothing has five seconds
+(anycorn). Refused ones cost this user's other programs a retry, not the node its file descriptors.
+"""
+
+SHORTAGE_PAUSE_S = 1.0
+"""When the system gives us no descriptor: others of the node's come free meanwhile."""
+
+_log = logging.getLogger(__name__)
+
+_GONE = (BlockingIOError, InterruptedError, ConnectionAbortedError)
+# The client had left again before it was its turn.
+
+
+async def take_connections(
+    listener: socket.socket,
+    serve: Callable[[socket.socket], Awaitable[None]],
+    nursery: trio.Nursery,
+    *,
+    connections_max: int = CONNECTIONS_MAX,
+) -> None:
+    """Serve each connection in a task of the nursery, until cancelled.
+
+    listener: listening; made non-blocking here. serve: owns the socket it is given; what it raises
+    is logged and ends that connection only.
+    """
+    listener.setblocking(False)
+    places = trio.CapacityLimiter(connections_max)
+    short = False
+    while True:
+        await trio.lowlevel.wait_readable(listener)
+        try:
+            connection, _ = listener.accept()
+        except _GONE:
+            continue
+        except OSError as error:
+            if not short:
+                _log.warning("the API takes no connections for now: %s", error.strerror or error)
+            short = True
+            await trio.sleep(SHORTAGE_PAUSE_S)
+            continue
+        short = False
+        place = object()
+        try:
+            places.acquire_on_behalf_of_nowait(place)
+        except trio.WouldBlock:
+            connection.close()
+            continue
+        nursery.start_soon(_serve, connection, serve, places, place)
+
+
+async def _serve(
+    connection: socket.socket,
+    serve: Callable[[socket.socket], Awaitable[None]],
+    places: trio.CapacityLimiter,
+    place: object,
+) -> None:
+    try:
+        await serve(connection)
+    except Exception:  # noqa: BLE001 - the server's own faults; the app's are answered inside
+        _log.exception("an API connection failed")
+    finally:
+        places.release_on_behalf_of(place)
