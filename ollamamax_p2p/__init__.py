@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from ollamamax_p2p.config import NodeConfig, load_config
     from ollamamax_p2p.errors import OmxError
-    from ollamamax_p2p.node import Node, open_node
+    from ollamamax_p2p.node import Node, check_ticket, open_node
     from ollamamax_p2p.observability import Event
     from ollamamax_p2p.transfer import PullProgress, PullReport, SourceShare
 
@@ -47,6 +47,7 @@ _HOMES = {
     "PullProgress": "transfer",
     "PullReport": "transfer",
     "SourceShare": "transfer",
+    "check_ticket": "node",
     "examine_machine": "api",
     "load_config": "config",
     "open_node": "node",
@@ -69,6 +70,7 @@ __all__ = [
     "PullReport",
     "SourceShare",
     "__version__",
+    "check_ticket",
     "examine_machine",
     "load_config",
     "open_node",

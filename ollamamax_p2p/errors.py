@@ -48,13 +48,16 @@ the stable snake_case name by which the HTTP API and the CLI know the class.
 
 import re
 
+_TICKET = re.compile(r"omx1[a-z2-7]{20,}", re.IGNORECASE)
+# A ticket is as secret as a password, and errors are logged, pasted and sent over the API.
+
 
 class OmxError(Exception):
     """Something this library names; never raised itself."""
 
     def __str__(self) -> str:
         """One line, whatever the facts contain."""
-        return " ".join(super().__str__().split())
+        return _TICKET.sub("omx1…", " ".join(super().__str__().split()))
 
 
 def code(error: type[OmxError] | OmxError) -> str:
@@ -88,6 +91,11 @@ def first_named(error: BaseException) -> OmxError | None:
         found = (first_named(each) for each in error.exceptions)
         return next((each for each in found if each is not None), None)
     return error if isinstance(error, OmxError) else None
+
+
+def looks_like_ticket(text: str) -> bool:
+    """Whether a text is, or may have been meant as, a ticket; it must not be shown then."""
+    return re.sub(r"[^0-9A-Za-z]", "", text).lower().startswith("omx1")
 
 
 def _all_below(cls: type[OmxError]) -> list[type[OmxError]]:
@@ -438,5 +446,7 @@ class DigestMismatch(OmxError):
 
 
 def _shown(text: str, limit: int = 80) -> str:
-    """Outside text, quoted, on one line and not longer than a line."""
+    """Outside text, quoted, on one line and not longer than a line; a ticket is not repeated."""
+    if looks_like_ticket(text):
+        return "(a ticket, not shown)"
     return repr(text if len(text) <= limit else text[:limit] + "…")

@@ -56,9 +56,11 @@ from ollamamax_p2p.errors import (
     DeadlineExceeded,
     NoSources,
     OmxError,
+    OriginTrouble,
     PeerUnreachable,
     StoreDamaged,
     first_named,
+    looks_like_ticket,
 )
 from ollamamax_p2p.host import (
     Connections,
@@ -109,10 +111,34 @@ async def open_node(
 
     config: the defaults if None; `load_config` reads file and environment.
     serve_api: also listen on `config.api.listen`, as `omx up` does.
-    Raises LocalTrouble (DataDirInUse, PortInUse, KeyExposed, StoreFull…), BadConfig.
+    Raises LocalTrouble (DataDirInUse, PortInUse, KeyExposed, StoreFull…), BadConfig. What the block
+    itself raises comes out as it is; only several errors at once come as a group.
     """
-    config = config or NodeConfig()
+    only: BaseException | None = None
+    try:
+        async with _opened_node(config or NodeConfig(), serve_api) as node:
+            yield node
+    except BaseExceptionGroup as group:
+        only = _only_one(group)
+        if only is None:
+            raise
+    if only is not None:
+        raise only  # outside the handler, or the group would become its context
+
+
+def _only_one(error: BaseException) -> BaseException | None:
+    """The exception that a group holds, at any depth, if it is one only."""
+    while isinstance(error, BaseExceptionGroup):
+        if len(error.exceptions) != 1:
+            return None
+        error = error.exceptions[0]
+    return error
+
+
+@asynccontextmanager
+async def _opened_node(config: NodeConfig, serve_api: bool) -> AsyncIterator["Node"]:
     with _data_dir_of_our_own(config.data_dir):
+        await trio.to_thread.run_sync(_check_models_folder, config.content.models)
         key = await trio.to_thread.run_sync(load_or_create_key, config.data_dir / "node-key")
         membership = await trio.to_thread.run_sync(_membership_of, config)
         feed = EventFeed()
@@ -128,6 +154,24 @@ async def open_node(
             async with _maybe_api(node, config, serve_api):
                 yield node
             nursery.cancel_scope.cancel()
+
+
+def check_ticket(ticket_or_addresses: Sequence[str]) -> None:
+    """Raise what `Node.join` would raise of these before it asks anybody: BadTicket, BadAddress,
+    BadPeerId, BadConfig.
+    """
+    _way_in(ticket_or_addresses)
+
+
+def _way_in(given: Sequence[str]) -> Ticket | list[Address]:
+    texts = [given] if isinstance(given, str) else list(given)
+    if not texts:
+        raise BadConfig("join", "give a ticket or at least one address")
+    if len(texts) == 1 and not texts[0].startswith("/"):
+        return parse_ticket(texts[0])
+    if any(map(looks_like_ticket, texts)):
+        raise BadConfig("join", "give one ticket, or addresses, not both")
+    return [parse_address(text) for text in texts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,8 +362,9 @@ class Node:
     async def copy(self, source: str, destination: str) -> None:
         """Give a model a second name. Raises BadName, ModelNotFound, StoreReadOnly."""
         to = parse_model_name(destination)
-        await self._store.put_manifest(to, await self._store.manifest(parse_model_name(source)))
-        await self._now.transfer.announce(to)
+        transfer = self._now.transfer
+        await transfer.put_manifest(to, await self._store.manifest(parse_model_name(source)))
+        await transfer.announce(to)
 
     async def remove(self, name: str) -> None:
         """Remove a name, and the blobs that no other needs. Raises BadName, ModelNotFound."""
@@ -351,6 +396,10 @@ class Node:
                 return await session.transfer.pull(
                     parsed, from_origin=from_origin, insecure=insecure, on_progress=on_progress
                 )
+        except OriginTrouble as error:
+            if not session.connections.peers():
+                error.args = (f"{error}; and no member of the swarm is connected",)
+            raise
         finally:
             self._pulling.discard(scope)
         raise NoSources(
@@ -358,16 +407,16 @@ class Node:
             "this node has changed its swarm; what is here is kept, the same pull resumes it",
         )
 
-    async def import_model(self, path: Path, name: str) -> ModelInfo:
+    async def import_model(self, path: Path | str, name: str) -> ModelInfo:
         """Make a local GGUF or safetensors file a model; the file is neither moved nor changed."""
         parsed = parse_model_name(name)
-        await import_model(self._store, path, parsed)
+        await import_model(self._store, Path(path), parsed)
         return await self._announced(parsed)
 
-    async def create_model(self, name: str, modelfile: str, base_dir: Path) -> ModelInfo:
+    async def create_model(self, name: str, modelfile: str, base_dir: Path | str) -> ModelInfo:
         """Make a model from a Modelfile's text; relative paths in it count from base_dir."""
         parsed = parse_model_name(name)
-        await create_model(self._store, parsed, modelfile, base_dir)
+        await create_model(self._store, parsed, modelfile, Path(base_dir))
         return await self._announced(parsed)
 
     async def _announced(self, name: ModelName) -> ModelInfo:
@@ -376,8 +425,12 @@ class Node:
 
     # -- the swarm -----------------------------------------------------------------------------
 
-    async def invite(self, *, uses: int = 1, expires_s: float = 3600.0) -> Invitation:
-        """Issue a ticket for this node's swarm. Raises BadConfig if a number is out of range."""
+    async def invite(self, *, uses: int = 1, expires_s: float = 86_400.0) -> Invitation:
+        """Issue a ticket for this node's swarm.
+
+        uses: 1 to 256 peers; expires_s: one second to 366 days. Raises BadConfig if one is out of
+        its range.
+        """
         addresses = self.addresses[:16]
         if not addresses:
             raise BadConfig(
@@ -398,15 +451,11 @@ class Node:
         Raises BadTicket and its kinds, BadAddress, PeerUnreachable, NotAdmitted; BadConfig if this
         node is in another swarm that has other members.
         """
-        if len(ticket_or_addresses) == 1 and not ticket_or_addresses[0].startswith("/"):
-            ticket = parse_ticket(ticket_or_addresses[0])
-            async with self._moving:
-                return await self._join_by_ticket(ticket)
-        addresses = [parse_address(text) for text in ticket_or_addresses]
-        if not addresses:
-            raise BadConfig("join", "give a ticket or at least one address")
+        way = _way_in(ticket_or_addresses)
         async with self._moving:
-            return await self._join_by_addresses(addresses)
+            if isinstance(way, Ticket):
+                return await self._join_by_ticket(way)
+            return await self._join_by_addresses(way)
 
     async def leave(self) -> str:
         """Forget the swarm, its keys and its members; models stay. The node is alone then."""
@@ -659,6 +708,25 @@ def _membership_of(config: NodeConfig) -> Membership:
             "open_swarm", "this node is in a private swarm; leave it first, `omx leave`"
         )
     return membership
+
+
+def _check_models_folder(path: Path) -> None:
+    """Whether the store is a folder, or can become one; what only cannot be written is served."""
+    missing = path
+    try:
+        while not path.exists() and path != path.parent:
+            missing, path = path, path.parent
+        if not path.is_dir():
+            problem = "there is a file where a folder should be; give another --models"
+            raise StoreDamaged(str(path), problem)
+        if missing != path and os.access(path, os.W_OK | os.X_OK):
+            # Tried, because some file systems (/proc) take no folder whatever their mode says.
+            missing.mkdir()
+            missing.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST):
+            problem = f"this folder cannot be made ({error.strerror}); give another --models"
+            raise StoreDamaged(str(missing), problem) from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 """`python -m omx_cli`: the same as `omx`."""
 
-from omx_cli.main import main
+from omx_cli.entry import main
 
 main()

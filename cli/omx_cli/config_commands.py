@@ -34,7 +34,7 @@ def show(
 
 @app.command("check")
 def check(
-    file: Annotated[str | None, typer.Argument(metavar="[FILE]", show_default=False)] = None,
+    file: Annotated[str | None, typer.Argument(metavar="FILE", show_default=False)] = None,
     data_dir: options.DataDir = None,
     as_json: options.Json = False,
 ) -> None:

@@ -14,16 +14,23 @@ _MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "unknown": "?   "}
 
 def doctor(
     data_dir: options.DataDir = None,
+    models: options.Models = None,
+    api: options.Api = None,
+    listen: options.Listen = None,
+    no_mdns: options.NoMdns = False,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> int:
     """Examine this machine; ends with 4 if something must be mended."""
     from ollamamax_p2p import examine_machine
-    from omx_cli.running import load, run
+    from omx_cli.running import idle_flags, load, refuse_without_effect, run, running_node
 
-    settings = load(node_flags(data_dir=data_dir), config)
+    flags = node_flags(data_dir=data_dir, models=models, api=api, listen=listen, no_mdns=no_mdns)
+    settings = load(flags, config)
 
     async def work() -> "list[Finding]":
+        if idle_flags(flags) and await running_node(settings) is not None:
+            refuse_without_effect(flags, settings)
         return await examine_machine(
             data_dir=settings.data_dir,
             content=settings.content,

@@ -16,13 +16,14 @@ from ollamamax_p2p import errors
 
 UNEXPECTED = 1
 USAGE = 2
+LOCAL = 4
 INTERRUPTED = 130
 
 EXIT_CODES: dict[type[errors.OmxError], int] = {
     errors.OmxError: UNEXPECTED,
     errors.BadInput: USAGE,
     errors.NotFound: 3,
-    errors.LocalTrouble: 4,
+    errors.LocalTrouble: LOCAL,
     errors.NetworkTrouble: 5,
     errors.PeerMisbehaved: 6,
     errors.DigestMismatch: 6,

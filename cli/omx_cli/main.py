@@ -1,12 +1,15 @@
 """The Typer app `omx`; every way a command can end."""
 
+import errno
+import io
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
 from omx_cli import config_commands, demo, doctor, model_commands, swarm_commands
+from omx_cli.output import drop, tell
 
 app = typer.Typer(
     name="omx",
@@ -39,25 +42,22 @@ app.command("version")(swarm_commands.version)
 app.add_typer(config_commands.app, name="config")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        swarm_commands.version()
-        raise typer.Exit
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[
-        bool,
-        typer.Option("--version", "-v", help="Show the version.", callback=_version, is_eager=True),
+        bool, typer.Option("--version", "-v", help="Show the version.", is_eager=True)
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --version.")] = False,
 ) -> None:
     """One private swarm of the machines that run language models: pull once, share the bytes."""
-
-
-def main() -> None:
-    """What the console script calls."""
-    sys.exit(run(sys.argv[1:]))
+    if version:
+        swarm_commands.version(as_json)
+        raise typer.Exit
+    if as_json:
+        raise typer.BadParameter("write --json behind the command")
+    if context.invoked_subcommand is None:
+        raise typer.BadParameter("name a command; see: omx --help")
 
 
 def run(arguments: list[str]) -> int:
@@ -65,15 +65,18 @@ def run(arguments: list[str]) -> int:
     unless OMX_DEBUG is set.
     """
     as_json = "--json" in arguments
+    if sys.stdout is None:
+        sys.stdout = cast("TextIO", _ClosedOutput())
     try:
         result: Any = app(arguments, prog_name="omx", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # `omx list | head`: nobody reads any more. Python would complain again when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except BaseException as error:  # noqa: BLE001 - the outermost border: told in one line
+        if any(isinstance(each, BrokenPipeError) for each in _leaves(error)):
+            drop(sys.stdout)  # `omx list | head`: nobody reads any more
+            return 0
         return _failed(error, as_json)
+    if result == 130:  # Typer turns Ctrl-C into this, without a word
+        return _failed(KeyboardInterrupt(), as_json)
     return result if isinstance(result, int) else 0
 
 
@@ -89,18 +92,39 @@ def _failed(error: BaseException, as_json: bool) -> int:
     if as_json:
         import json
 
-        sys.stderr.write(json.dumps({"error": text, "code": code}, ensure_ascii=False) + "\n")
+        tell(json.dumps({"error": text, "code": code}, ensure_ascii=False))
+    elif code == "help":
+        tell(text)
     else:
-        from omx_cli.output import tell
-
         tell(f"Error: {text}")
     return status
+
+
+class _ClosedOutput(io.TextIOBase):
+    """In the place of a standard output that was closed before we began."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "it is closed")
+
+
+def _output_trouble(error: BaseException) -> str:
+    """Why standard output takes nothing more, if that is what an error is about."""
+    if not isinstance(error, OSError):
+        return ""
+    if isinstance(sys.stdout, _ClosedOutput):
+        return str(error.strerror) if error.errno == errno.EBADF else ""
+    try:
+        sys.stdout.flush()  # what could not be written is still there, and fails again
+    except OSError as again:
+        drop(sys.stdout)
+        return again.strerror or "it cannot be written"
+    return ""
 
 
 def _explained(error: BaseException) -> tuple[str, str, int]:
     """One line, the error's code, and how the process ends."""
     from ollamamax_p2p import errors
-    from omx_cli.exit_codes import INTERRUPTED, UNEXPECTED, USAGE, exit_code
+    from omx_cli.exit_codes import INTERRUPTED, LOCAL, UNEXPECTED, USAGE, exit_code
     from omx_cli.running import Interrupted
 
     leaves = _leaves(error)
@@ -112,10 +136,15 @@ def _explained(error: BaseException) -> tuple[str, str, int]:
     named = errors.first_named(error)
     if named:
         return str(named), errors.code(named), exit_code(named)
+    if type(error).__name__ == "NoArgsIsHelpError":  # click's, which Typer does not export
+        return str(error.format_message()), "help", USAGE  # type: ignore[attr-defined]
     if isinstance(error, _USAGE_ERROR):
-        return _one_line(error.format_message()), "usage", USAGE  # type: ignore[attr-defined]  # click's
+        return _safe(error.format_message()), "usage", USAGE  # type: ignore[attr-defined]  # click's
     if isinstance(error, SystemExit):
         return "", "", error.code if isinstance(error.code, int) else UNEXPECTED
+    trouble = _output_trouble(leaves[0])
+    if trouble:
+        return f"cannot write to standard output: {trouble}", "local_trouble", LOCAL
     what = f"{type(leaves[0]).__name__}: {_one_line(str(leaves[0]))}"
     hint = "this is a fault of omx; OMX_DEBUG=1 shows where"
     return f"unexpected {what} ({hint})", "internal_error", UNEXPECTED
@@ -130,6 +159,13 @@ def _leaves(error: BaseException) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         return [leaf for each in error.exceptions for leaf in _leaves(each)]
     return [error]
+
+
+def _safe(text: str) -> str:
+    """What click says of an argument repeats it, and that may be a ticket."""
+    from ollamamax_p2p.errors import OmxError
+
+    return str(OmxError(text))
 
 
 def _one_line(text: str) -> str:

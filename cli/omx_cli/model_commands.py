@@ -16,11 +16,11 @@ from omx_cli.output import (
     say_json,
     short_digest,
     table,
-    tell,
 )
 
 if TYPE_CHECKING:
     from ollamamax_p2p import LocalClient, ModelDetails, ModelInfo, Node
+    from ollamamax_p2p.errors import BadModelFile, OmxError
 
 MODELFILE_BYTES_MAX = 3_000_000
 """Below what the API takes; several licences fit."""
@@ -78,25 +78,30 @@ def pull(
         if as_json:
             say_json({"status": "success", "report": report})
         else:
-            tell(report_line(report))
+            say(report_line(report))
 
     run(work, interrupted="interrupted; what was fetched is kept, the same command resumes")
 
 
 def import_file(
-    path: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
+    file: Annotated[str, typer.Argument(metavar="FILE", show_default=False)],
     model: options.ModelArgument,
     data_dir: options.DataDir = None,
+    models: options.Models = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Make a GGUF or safetensors file a model. The file stays as and where it is."""
     from omx_cli.running import with_any_node
 
-    async def ask(node: "LocalClient | Node") -> None:
-        _say_made(await node.import_model(path.absolute(), model), as_json)
+    if not file:
+        raise typer.BadParameter("FILE is empty; name a GGUF or safetensors file")
+    path = Path(file).absolute()
 
-    with_any_node(node_flags(data_dir=data_dir), config, ask)
+    async def ask(node: "LocalClient | Node") -> None:
+        _say_made(await node.import_model(path, model), as_json)
+
+    with_any_node(node_flags(data_dir=data_dir, models=models), config, ask)
 
 
 def create(
@@ -105,26 +110,31 @@ def create(
         str, typer.Option("--file", "-f", metavar="FILE", help="The Modelfile; - is stdin.")
     ] = "Modelfile",
     data_dir: options.DataDir = None,
+    models: options.Models = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Make a model from a Modelfile."""
+    from ollamamax_p2p.errors import BadModelFile
     from omx_cli.running import with_any_node
 
     text = _read_modelfile(file)
     base_dir = Path.cwd() if file == "-" else Path(file).absolute().parent
 
     async def ask(node: "LocalClient | Node") -> None:
-        _say_made(await node.create_model(model, text, base_dir), as_json)
+        try:
+            made = await node.create_model(model, text, base_dir)
+        except BadModelFile as error:
+            raise _of_file(error, "stdin" if file == "-" else file) from None
+        _say_made(made, as_json)
 
-    with_any_node(node_flags(data_dir=data_dir), config, ask)
+    with_any_node(node_flags(data_dir=data_dir, models=models), config, ask)
 
 
 def list_models(
-    prefix: Annotated[
-        str, typer.Argument(metavar="[PREFIX]", help="Only names that begin so.")
-    ] = "",
+    prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="Only names that begin so.")] = "",
     data_dir: options.DataDir = None,
+    models: options.Models = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
@@ -140,7 +150,7 @@ def list_models(
         else:
             say(table(["NAME", "ID", "SIZE", "MODIFIED"], [_model_row(each) for each in found]))
 
-    with_any_node(node_flags(data_dir=data_dir), config, ask)
+    with_any_node(node_flags(data_dir=data_dir, models=models), config, ask)
 
 
 def show(
@@ -151,6 +161,7 @@ def show(
     template: Annotated[bool, typer.Option("--template", help="Only its template.")] = False,
     system: Annotated[bool, typer.Option("--system", help="Only its system message.")] = False,
     data_dir: options.DataDir = None,
+    models: options.Models = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
@@ -176,13 +187,14 @@ def show(
         else:
             say(getattr(details, parts[0]) if parts else _details_text(details))
 
-    with_any_node(node_flags(data_dir=data_dir), config, ask)
+    with_any_node(node_flags(data_dir=data_dir, models=models), config, ask)
 
 
 def cp(
     source: Annotated[str, typer.Argument(metavar="SOURCE", show_default=False)],
     destination: Annotated[str, typer.Argument(metavar="DESTINATION", show_default=False)],
     data_dir: options.DataDir = None,
+    models: options.Models = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
@@ -196,12 +208,13 @@ def cp(
         else:
             say(f"copied '{source}' to '{destination}'")
 
-    with_any_node(node_flags(data_dir=data_dir), config, ask)
+    with_any_node(node_flags(data_dir=data_dir, models=models), config, ask)
 
 
 def rm(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", show_default=False)],
+    names: Annotated[list[str], typer.Argument(metavar="MODEL...", show_default=False)],
     data_dir: options.DataDir = None,
+    models: options.Models = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
@@ -209,14 +222,14 @@ def rm(
     from omx_cli.running import with_any_node
 
     async def ask(node: "LocalClient | Node") -> None:
-        for model in models:
+        for model in names:
             await node.remove(model)
             if as_json:
                 say_json({"deleted": model})
             else:
                 say(f"deleted '{model}'")
 
-    with_any_node(node_flags(data_dir=data_dir), config, ask)
+    with_any_node(node_flags(data_dir=data_dir, models=models), config, ask)
 
 
 def _model_row(model: "ModelInfo") -> list[str]:
@@ -258,15 +271,26 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}".rstrip() for line in text.strip().splitlines())
 
 
+def _of_file(error: "BadModelFile", file: str) -> "OmxError":
+    """The same error, with the file's own name where the library, which has only its text, says
+    Modelfile.
+    """
+    from ollamamax_p2p.errors import code, restored
+
+    text = str(error)
+    is_about_it = text.startswith(("Modelfile:", "Modelfile, line "))
+    return restored(code(error), file + text.removeprefix("Modelfile")) if is_about_it else error
+
+
 def _read_modelfile(file: str) -> str:
     """Raises BadModelFile, AccessRefused."""
+    from ollamamax_p2p.config import read_regular_file
     from ollamamax_p2p.errors import AccessRefused, BadModelFile
 
     try:
         if file == "-":
             return sys.stdin.read(MODELFILE_BYTES_MAX)
-        with Path(file).open("rb") as opened:
-            data = opened.read(MODELFILE_BYTES_MAX + 1)
+        data = read_regular_file(Path(file), MODELFILE_BYTES_MAX + 1)
     except PermissionError:
         raise AccessRefused(file, "read") from None
     except OSError as error:

@@ -1,9 +1,11 @@
 """Tables and texts for people, JSON for programs."""
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, TextIO
 
 COLUMN_GAP = 4
 """Ollama's, so that scripts made for its lists work on ours."""
@@ -31,8 +33,20 @@ def say_json(value: Any) -> None:
 
 
 def tell(text: str) -> None:
-    """Lines on stderr."""
-    sys.stderr.write(printable(text) + "\n")
+    """Lines on stderr. Where nobody can be told, the exit code still says it."""
+    if sys.stderr is None:
+        return
+    try:
+        sys.stderr.write(printable(text) + "\n")
+        sys.stderr.flush()
+    except OSError:
+        drop(sys.stderr)
+
+
+def drop(stream: TextIO) -> None:
+    """Let a stream that takes nothing end in nothing: Python would complain when it flushes."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

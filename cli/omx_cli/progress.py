@@ -85,6 +85,8 @@ def blob_text(line: BlobLine, now: float, columns: int) -> str:
         tail = f" {human_bytes(line.total):>6}"
     else:
         tail += _speed_text(line, now)
+    if len(head) + len(tail) > columns:  # what is cut off is the end
+        head = f"{percent:3d}% {line.title}:"
     room = columns - len(head) - len(tail) - 2
     return head + (bar(line, min(room, BAR_COLUMNS_MAX)) if room >= 4 else "") + tail
 

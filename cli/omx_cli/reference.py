@@ -48,9 +48,14 @@ def _commands(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _usage(name: str, command: Any) -> str:
-    arguments = [part.metavar or part.name.upper() for part in command.params if _is_argument(part)]
+    arguments = [_argument(part) for part in command.params if _is_argument(part)]
     line = " ".join([name, "[OPTIONS]", *arguments])
     return f"{command.help.strip()}\n\n    {line}"
+
+
+def _argument(part: Any) -> str:
+    name = part.metavar or part.name.upper()
+    return name if part.required else f"[{name}]"
 
 
 def _entries(command: Any) -> str:

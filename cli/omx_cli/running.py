@@ -19,6 +19,23 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM ended a command; the text says what is left and how to go on."""
 
 
+OPEN_FILES_MAX = 65_536
+"""Files and connections of a node; systems allow 1,024 at first, and more to who asks."""
+
+
+def allow_many_files() -> None:
+    """Let this process hold as many open files as the system allows it, within reason."""
+    import resource
+    from contextlib import suppress
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    endless = resource.RLIM_INFINITY
+    wanted = OPEN_FILES_MAX if hard == endless else min(hard, OPEN_FILES_MAX)
+    if soft != endless and soft < wanted:
+        with suppress(OSError, ValueError):  # a system may have a lower limit than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def load(flags: Mapping[str, Any], config_file: str | None) -> "NodeConfig":
     """The config for a command. Raises BadConfig and what reading the file may raise."""
     from ollamamax_p2p import load_config
@@ -26,8 +43,11 @@ def load(flags: Mapping[str, Any], config_file: str | None) -> "NodeConfig":
     return load_config(flags=flags, file=Path(config_file) if config_file else None)
 
 
-ANSWER_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 5.0
 """A node that is alive answers what it is and holds within milliseconds."""
+
+WORK_TIMEOUT_S = 30.0
+"""For what the node writes to disk or asks a peer before it answers."""
 
 
 def with_node(
@@ -37,25 +57,31 @@ def with_node(
     *,
     timeout_s: float = ANSWER_TIMEOUT_S,
 ) -> T:
-    """Ask the running node something. Raises NodeNotRunning if there is none, DeadlineExceeded if
-    it does not answer.
+    """Ask the running node something. Raises NodeNotRunning if there is none, LocalTrouble if it
+    does not answer.
     """
     from ollamamax_p2p import LocalClient
 
     client = LocalClient.find(load(flags, config_file).data_dir)
-    return run(lambda: _in_time(lambda: ask(client), timeout_s))
+    return run(lambda: in_time(client, lambda: ask(client), timeout_s))
 
 
-async def _in_time(work: Callable[[], Awaitable[T]], timeout_s: float) -> T:
+async def in_time(
+    client: "LocalClient", work: Callable[[], Awaitable[T]], timeout_s: float = ANSWER_TIMEOUT_S
+) -> T:
+    """What the node answers within that time. Raises LocalTrouble if it does not."""
     import trio
 
-    from ollamamax_p2p.errors import DeadlineExceeded
+    from ollamamax_p2p.errors import LocalTrouble
 
     try:
         with trio.fail_after(timeout_s):
             return await work()
     except trio.TooSlowError:
-        raise DeadlineExceeded("asking the node (is it frozen?)", timeout_s) from None
+        raise LocalTrouble(
+            f"the node (process {client.pid}) has not answered for {timeout_s:g} s; is it frozen? "
+            f"kill -CONT {client.pid} wakes it, kill -9 {client.pid} ends it"
+        ) from None
 
 
 def with_any_node(
@@ -69,6 +95,8 @@ def with_any_node(
     config = load(flags, config_file)
 
     async def work() -> T:
+        if idle_flags(flags) and await running_node(config) is not None:
+            refuse_without_effect(flags, config)
         async with running_or_own(config, _quiet(config)) as node:
             return await ask(node)
 
@@ -97,7 +125,7 @@ async def running_node(config: "NodeConfig") -> "LocalClient | None":
 
     try:
         client = LocalClient.find(config.data_dir)
-        await _in_time(client.status, ANSWER_TIMEOUT_S)
+        await in_time(client, client.status)
     except NodeNotRunning:
         return None
     return client
@@ -190,13 +218,18 @@ def refuse_without_effect(flags: Mapping[str, Any], config: "NodeConfig") -> Non
     from ollamamax_p2p.config import FLAGS
     from ollamamax_p2p.errors import BadConfig
 
-    idle = [key for key in flags if key != "data_dir"]
+    idle = idle_flags(flags)
     if idle:
         raise BadConfig(
             FLAGS[idle[0]],
             f"a node already runs on {config.data_dir} with settings of its own; "
             "leave the flag out, or stop that node first (`omx stop`)",
         )
+
+
+def idle_flags(flags: Mapping[str, Any]) -> list[str]:
+    """Those that only mean something to a node that is yet to start."""
+    return [key for key in flags if key != "data_dir"]
 
 
 def is_alive(pid: int) -> bool:

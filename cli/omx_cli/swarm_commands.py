@@ -103,8 +103,12 @@ def _run_node(config: "NodeConfig", to: tuple[str, ...], as_json: bool) -> None:
     # What goes wrong with peers is logged by their names; a node that runs for days wants times.
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     # Imported before Ctrl-C is taken over: this takes two seconds, and it should end them too.
-    from ollamamax_p2p import open_node
-    from omx_cli.running import Interrupted, run_until_asked
+    from ollamamax_p2p import check_ticket, open_node
+    from omx_cli.running import Interrupted, allow_many_files, run_until_asked
+
+    if to:
+        check_ticket(to)  # before there is a data folder with a swarm of its own
+    allow_many_files()
 
     async def work(stop: Any) -> None:
         async with open_node(config, serve_api=True) as node:
@@ -134,7 +138,7 @@ async def _first_ticket(node: "Node") -> "Invitation | None":
     from ollamamax_p2p import OmxError
 
     try:
-        return await node.invite(uses=1, expires_s=86_400)
+        return await node.invite()
     except OmxError as error:
         tell(f"no ticket: {error}")
         return None
@@ -172,16 +176,17 @@ def _status_rows(status: "NodeStatus") -> list[tuple[str, str]]:
 
 
 def invite(
-    uses: Annotated[int, typer.Option(min=1, help="How many nodes may join with it.")] = 1,
+    uses: Annotated[int, typer.Option(min=1, max=256, help="How many nodes may join with it.")] = 1,
     expires: Annotated[
-        str, typer.Option(metavar="TIME", help="How long it is good: 90s, 30m, 12h, 7d.")
+        str,
+        typer.Option(metavar="TIME", help="How long it is good: 90s, 30m, 12h, 7d; 366d at most."),
     ] = "24h",
     data_dir: options.DataDir = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Print a ticket by which others join this node's swarm."""
-    from omx_cli.running import with_node
+    from omx_cli.running import WORK_TIMEOUT_S, with_node
 
     expires_s = seconds_of(expires)
 
@@ -194,7 +199,7 @@ def invite(
         if sys.stdout.isatty():
             tell(f"good for {invitation.uses} joins, until {invitation.expires_at}")
 
-    with_node(node_flags(data_dir=data_dir), config, ask)
+    with_node(node_flags(data_dir=data_dir), config, ask, timeout_s=WORK_TIMEOUT_S)
 
 
 def leave(
@@ -203,16 +208,22 @@ def leave(
     as_json: options.Json = False,
 ) -> None:
     """Leave the swarm: forget its key and members. Models stay."""
-    from omx_cli.running import with_any_node
+    from omx_cli.running import load, with_any_node
 
-    async def ask(node: "LocalClient | Node") -> None:
-        outcome = await node.leave()
+    def tell_outcome(outcome: str) -> None:
         if as_json:
             say_json({"outcome": outcome})
         else:
             say("left the swarm" if outcome == "left" else "this node is not in a swarm")
 
-    with_any_node(node_flags(data_dir=data_dir), config, ask)
+    async def ask(node: "LocalClient | Node") -> None:
+        tell_outcome(await node.leave())
+
+    flags = node_flags(data_dir=data_dir)
+    if not load(flags, config).data_dir.exists():  # a node opened for this would make one
+        tell_outcome("not in a swarm")
+        return
+    with_any_node(flags, config, ask)
 
 
 def peers(
@@ -267,9 +278,10 @@ def events(
     as_json: options.Json = False,
 ) -> None:
     """Print what happens on the running node, as it happens."""
-    from omx_cli.running import with_node
+    from omx_cli.running import in_time, with_node
 
     async def ask(client: "LocalClient") -> None:
+        await in_time(client, client.status)
         async with client.events() as happening:
             async for event in happening:
                 _say_event(event, as_json)
@@ -295,10 +307,10 @@ def stop(
     import trio
 
     from ollamamax_p2p.errors import DeadlineExceeded
-    from omx_cli.running import is_alive, with_node
+    from omx_cli.running import in_time, is_alive, with_node
 
     async def ask(client: "LocalClient") -> None:
-        await client.stop()
+        await in_time(client, client.stop)
         with trio.move_on_after(STOP_TIMEOUT_S) as scope:
             while is_alive(client.pid):  # noqa: ASYNC110 - a process can only be looked at
                 await trio.sleep(0.05)
@@ -309,7 +321,7 @@ def stop(
         else:
             say("stopped")
 
-    with_node(node_flags(data_dir=data_dir), config, ask)
+    with_node(node_flags(data_dir=data_dir), config, ask, timeout_s=math.inf)
 
 
 def version(as_json: options.Json = False) -> None:
@@ -323,13 +335,15 @@ def version(as_json: options.Json = False) -> None:
 
 
 def seconds_of(text: str) -> float:
-    """`90s`, `30m`, `12h`, `7d`, or seconds. Raises typer.BadParameter."""
+    """`90s`, `30m`, `12h`, `7d`, or seconds; 1 s to 366 days. Raises typer.BadParameter."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
     number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
     try:
         seconds = float(number) * units[unit]
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds <= 36_500 * 86_400:  # also refuses nan
-        raise typer.BadParameter(f"{text!r} is not a time like 90s, 30m, 12h or 7d")
+    if not seconds > 0:  # also refuses nan
+        raise typer.BadParameter(f"--expires: {text!r} is not a time like 90s, 30m, 12h or 7d")
+    if not 1 <= seconds <= 366 * 86_400:
+        raise typer.BadParameter(f"--expires: {text!r} is not between 1s and 366d")
     return seconds

@@ -65,8 +65,8 @@ class CreateBody(_Body, frozen=True):
 class InviteBody(_Body, frozen=True):
     """Asks for a ticket."""
 
-    uses: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1
-    expires_s: Annotated[float, msgspec.Meta(gt=0, le=3_153_600_000)] = 86_400.0
+    uses: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    expires_s: Annotated[float, msgspec.Meta(ge=1, le=366 * 86_400)] = 86_400.0
 
 
 class JoinBody(_Body, frozen=True):

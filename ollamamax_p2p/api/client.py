@@ -15,7 +15,7 @@ import msgspec
 import trio
 
 from ollamamax_p2p import errors
-from ollamamax_p2p.api.node_file import read_files
+from ollamamax_p2p.api.node_file import lock_holder, read_files, unusable
 from ollamamax_p2p.api.served_node import (
     Invitation,
     JoinReport,
@@ -51,6 +51,7 @@ class LocalClient:
         self.address = address
         self.pid = pid
         self._token = token
+        self._data_dir = data_dir
         self._where = str(data_dir or address)
 
     @classmethod
@@ -107,17 +108,17 @@ class LocalClient:
                     on_progress(self._decoded(line, PullProgress))
         raise _broken_off(self._where)
 
-    async def import_model(self, path: Path, name: str) -> ModelInfo:
+    async def import_model(self, path: Path | str, name: str) -> ModelInfo:
         """Make a local file a model."""
         body = {"path": _whole(path), "model": name}
         return await self._ask("POST", "/import", ModelInfo, body)
 
-    async def create_model(self, name: str, modelfile: str, base_dir: Path) -> ModelInfo:
+    async def create_model(self, name: str, modelfile: str, base_dir: Path | str) -> ModelInfo:
         """Make a model from a Modelfile's text; relative paths in it count from base_dir."""
         body = {"model": name, "modelfile": modelfile, "base_dir": _whole(base_dir)}
         return await self._ask("POST", "/create", ModelInfo, body)
 
-    async def invite(self, *, uses: int, expires_s: float) -> Invitation:
+    async def invite(self, *, uses: int = 1, expires_s: float = 86_400.0) -> Invitation:
         """Issue a ticket."""
         return await self._ask(
             "POST", "/invite", Invitation, {"uses": uses, "expires_s": expires_s}
@@ -125,7 +126,9 @@ class LocalClient:
 
     async def join(self, ticket_or_addresses: Sequence[str]) -> JoinReport:
         """Join a swarm by ticket, or connect to multiaddrs."""
-        return await self._ask("POST", "/join", JoinReport, {"to": list(ticket_or_addresses)})
+        several = not isinstance(ticket_or_addresses, str)
+        to = list(ticket_or_addresses) if several else [ticket_or_addresses]
+        return await self._ask("POST", "/join", JoinReport, {"to": to})
 
     async def leave(self) -> str:
         """Forget the swarm."""
@@ -156,7 +159,7 @@ class LocalClient:
         except HandshakeError as error:
             raise self._refused(getattr(error, "status_code", 0)) from error
         except OSError as error:
-            raise NodeNotRunning(self._where) from error
+            raise self._unreachable() from error
         try:
             yield received(socket)
         finally:
@@ -194,7 +197,7 @@ class LocalClient:
             with trio.fail_after(CONNECT_TIMEOUT_S):
                 return await trio.open_tcp_stream(host.strip("[]"), int(port))
         except (OSError, trio.TooSlowError) as error:
-            raise NodeNotRunning(self._where) from error
+            raise self._unreachable() from error
 
     def _head(self, method: str, path: str, body: Any) -> h11.Request:
         length = len(msgspec.json.encode(body)) if body is not None else 0
@@ -214,8 +217,15 @@ class LocalClient:
             return self._refused(status)
         return self._refused(status) if status == 401 else errors.restored(code, text)
 
+    def _unreachable(self) -> OmxError:
+        if self._data_dir is None:
+            return NodeNotRunning(self._where)
+        return unusable(self._data_dir, f"does not answer on {self.address}")
+
     def _refused(self, status: int) -> OmxError:
         """Something answers there, but not as the node of our data folder would."""
+        if status == 401 and self._data_dir and lock_holder(self._data_dir) == self.pid:
+            return unusable(self._data_dir, "its api-token is damaged")
         return LocalTrouble(
             f"what listens on {self.address} is not the node of {self._where} (HTTP {status}); "
             "is it a node with another --data-dir?"
@@ -305,6 +315,6 @@ def _broken_off(where: str) -> OmxError:
     return LocalTrouble(f"the node on {where} ended in the middle of an answer; is it still there?")
 
 
-def _whole(path: Path) -> str:
+def _whole(path: Path | str) -> str:
     """The node's working folder is another than ours."""
     return os.path.abspath(path)

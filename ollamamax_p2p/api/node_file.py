@@ -5,6 +5,7 @@ is new at every start. A node removes both when it stops; after a kill -9 they s
 reads them also looks whether the process is still there.
 """
 
+import fcntl
 import os
 import re
 import secrets
@@ -14,7 +15,7 @@ from typing import Annotated
 
 import msgspec
 
-from ollamamax_p2p.errors import NodeNotRunning
+from ollamamax_p2p.errors import LocalTrouble, NodeNotRunning, StoreDamaged
 from ollamamax_p2p.identity import read_secret, remove_secret, write_secret
 
 NODE_FILE_NAME = "node.json"
@@ -49,20 +50,65 @@ def remove_files(data_dir: Path) -> None:
 
 
 def read_files(data_dir: Path) -> tuple[NodeFile, str]:
-    """Where a node runs and its token. Raises NodeNotRunning, or as `read_secret`."""
-    raw = read_secret(data_dir / NODE_FILE_NAME)
-    token = read_secret(data_dir / TOKEN_FILE_NAME)
+    """Where a node runs and its token. Raises NodeNotRunning, LocalTrouble if one runs but cannot
+    be asked, or as `read_secret`.
+    """
+    raw = _read(data_dir, NODE_FILE_NAME)
+    token = _read(data_dir, TOKEN_FILE_NAME)
+    if raw is None and token is None:
+        mend = "it starts or stops, or is a command at work (omx pull); wait for it"
+        raise unusable(data_dir, "has no API", mend)
     if raw is None or token is None:
-        raise NodeNotRunning(str(data_dir))
+        raise unusable(data_dir, f"its {TOKEN_FILE_NAME if raw else NODE_FILE_NAME} is missing")
     try:
         found = msgspec.json.decode(raw, type=NodeFile)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        raise NodeNotRunning(f"{data_dir} ({NODE_FILE_NAME} there is damaged)") from None
+        raise unusable(data_dir, f"its {NODE_FILE_NAME} is damaged") from None
     if not _TOKEN.fullmatch(token):
-        raise NodeNotRunning(f"{data_dir} ({TOKEN_FILE_NAME} there is damaged)")
+        raise unusable(data_dir, f"its {TOKEN_FILE_NAME} is damaged")
     if not _is_alive(found.pid):
-        raise NodeNotRunning(str(data_dir))
+        raise unusable(data_dir, f"its {NODE_FILE_NAME} is damaged")
     return found, token.decode()
+
+
+def unusable(data_dir: Path, problem: str, mend: str = "") -> LocalTrouble:
+    """Why the node of a data folder cannot be asked: there is none, or it runs but has a problem.
+
+    The lock decides: a running node holds it whatever became of its files.
+    """
+    pid = lock_holder(data_dir)
+    if pid is None:
+        return NodeNotRunning(str(data_dir))
+    mend = mend or f"run: kill {pid}, then omx up"
+    return LocalTrouble(f"a node (process {pid}) runs on {data_dir} but {problem}; {mend}")
+
+
+def lock_holder(data_dir: Path) -> int | None:
+    """The process that holds a data folder, or None."""
+    with suppress(OSError):
+        handle = os.open(data_dir / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            pid = os.read(handle, 20).decode(errors="replace").strip()
+            # Tried only where a process of that number lives: to hold the lock, be it for a
+            # moment, would turn away a node that starts just now.
+            if not pid.isdigit() or not _is_alive(int(pid)):
+                return None
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(pid)
+        finally:
+            os.close(handle)
+    return None
+
+
+def _read(data_dir: Path, name: str) -> bytes | None:
+    try:
+        return read_secret(data_dir / name)
+    except StoreDamaged:
+        if lock_holder(data_dir) is None:
+            raise
+        raise unusable(data_dir, f"its {name} is damaged") from None
 
 
 def _is_alive(pid: int) -> bool:

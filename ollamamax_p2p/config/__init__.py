@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ollamamax_p2p.config.catalogue import FLAGS, Setting, all_settings
-    from ollamamax_p2p.config.loading import LoadedConfig, load, load_config
+    from ollamamax_p2p.config.loading import LoadedConfig, load, load_config, read_regular_file
     from ollamamax_p2p.config.node_config import NodeConfig
     from ollamamax_p2p.config.rendering import SettingValue, effective
 
@@ -20,6 +20,7 @@ _HOMES = {
     "effective": "rendering",
     "load": "loading",
     "load_config": "loading",
+    "read_regular_file": "loading",
 }
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "effective",
     "load",
     "load_config",
+    "read_regular_file",
 ]
 
 

@@ -5,7 +5,9 @@ The file is the one given, else `$OMX_CONFIG`, else `config.toml` in the data fo
 """
 
 import difflib
+import errno
 import os
+import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -162,8 +164,10 @@ def _from_file(path: Path, must_exist: bool) -> dict[str, _Given]:
 
 def _read(path: Path, must_exist: bool) -> str | None:
     try:
-        with path.open("rb") as file:
-            data = file.read(CONFIG_BYTES_MAX + 1)
+        data = read_regular_file(path, CONFIG_BYTES_MAX + 1)
+    except NotADirectoryError:
+        problem = f"{path.parent} is a file, not a folder"
+        raise BadConfig(str(path) if must_exist else "--data-dir", problem) from None
     except FileNotFoundError:
         if must_exist:
             raise BadConfig(str(path), "there is no such file") from None
@@ -178,6 +182,18 @@ def _read(path: Path, must_exist: bool) -> str | None:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadConfig(str(path), f"not UTF-8 at byte {error.start}") from None
+
+
+def read_regular_file(path: Path, bytes_max: int) -> bytes:
+    """The first bytes of a file that somebody named. Raises OSError, also for what is no regular
+    file: to open a FIFO would wait for its writer for ever. /dev/null is an empty file.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode) and str(path) != os.devnull:
+            problem = "Is a directory" if stat.S_ISDIR(mode) else "not a regular file"
+            raise OSError(errno.EINVAL, problem, str(path))
+        return file.read(bytes_max)
 
 
 def _entries(document: Mapping[str, Any], path: Path) -> Iterator[tuple[str, _Given]]:

@@ -2,11 +2,13 @@
 
 import socket
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ollamamax_p2p.api import ApiSettings
 from ollamamax_p2p.config.checks import NAME_CHARS_MAX, first_problem
+from ollamamax_p2p.config.conversion import Unusable, from_toml
 from ollamamax_p2p.content import ContentSettings
 from ollamamax_p2p.discovery import DiscoverySettings
 from ollamamax_p2p.errors import BadConfig
@@ -42,6 +44,7 @@ class NodeConfig:
     api: ApiSettings = field(default_factory=ApiSettings)
 
     def __post_init__(self) -> None:
+        self._check_types()
         # Frozen, so by the back door: a path with ~ in it must not reach the file system.
         models = replace(self.content, models=_absolute(self.content.models))
         object.__setattr__(self, "data_dir", _absolute(self.data_dir))
@@ -49,6 +52,20 @@ class NodeConfig:
         found = first_problem(self.values())
         if found:
             raise BadConfig(*found)
+
+    def _check_types(self) -> None:
+        """A value of another type would be found far from here, by whoever uses it first."""
+        for part in fields(self):
+            if part.name in _SECTIONS and not isinstance(
+                getattr(self, part.name), _SECTIONS[part.name]
+            ):
+                raise BadConfig(part.name, f"expected {_SECTIONS[part.name].__name__}")
+        for key, value in self.values().items():
+            try:
+                if not isinstance(value, Path):
+                    from_toml(value, _types()[key])
+            except Unusable as error:
+                raise BadConfig(key, str(error)) from None
 
     def values(self) -> dict[str, Any]:
         """Every setting's value by key, in the order of the fields."""
@@ -61,6 +78,25 @@ class NodeConfig:
             inner = {each.name: getattr(value, each.name) for each in fields(value)}
             found |= {f"{part.name}.{name}": each for name, each in inner.items()}
         return found
+
+
+_SECTIONS: dict[str, type] = {
+    "host": HostSettings,
+    "content": ContentSettings,
+    "discovery": DiscoverySettings,
+    "transfer": TransferSettings,
+    "origin": OriginSettings,
+    "api": ApiSettings,
+}
+
+
+@lru_cache(maxsize=1)
+def _types() -> dict[str, Any]:
+    """Every setting's declared type by key."""
+    found = dict(get_type_hints(NodeConfig))
+    for name, section in _SECTIONS.items():
+        found |= {f"{name}.{key}": each for key, each in get_type_hints(section).items()}
+    return found
 
 
 def _absolute(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """The API over real sockets on loopback, used through LocalClient."""
 
+import fcntl
 import json
 import os
 import socket
@@ -215,6 +216,32 @@ async def test_a_node_that_was_killed_counts_as_not_running(tmp_path):
         (tmp_path / name).chmod(0o600)
     with pytest.raises(NodeNotRunning):
         LocalClient.find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("token", "problem"),
+    [(None, "has no API; it starts or stops"), ("damaged", "its api-token is damaged; run: kill ")],
+)
+async def test_a_held_data_folder_is_a_node_whatever_its_files_say(tmp_path, token, problem):
+    (tmp_path / "lock").write_text(f"{os.getpid()}\n")
+    if token is not None:
+        text = json.dumps({"pid": os.getpid(), "api": "127.0.0.1:1", "peer_id": "x"})
+        for name, content in (("node.json", text), ("api-token", token)):
+            (tmp_path / name).write_text(content)
+            (tmp_path / name).chmod(0o600)
+    with pytest.raises(NodeNotRunning):  # a lock that nobody holds is only left behind
+        LocalClient.find(tmp_path)
+    with (tmp_path / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(LocalTrouble, match=problem) as caught:
+            LocalClient.find(tmp_path)
+        assert f"a node (process {os.getpid()}) runs on {tmp_path}" in str(caught.value)
+
+
+@pytest.mark.parametrize("terms", [{"uses": 257}, {"uses": 0}, {"expires_s": 367 * 86_400.0}])
+async def test_an_invitation_beyond_its_limits_is_refused(served, terms):
+    with pytest.raises(BadInput, match=next(iter(terms))):
+        await served.client.invite(**terms)
 
 
 async def test_an_address_where_nobody_listens_is_not_a_node():

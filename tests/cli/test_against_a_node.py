@@ -71,15 +71,60 @@ async def test_flags_that_a_running_node_cannot_take_are_refused(served, omx):
         ended = await omx(*line, "--models", "/elsewhere")
         assert ended.code == 2
         assert ended.err.startswith("Error: --models: a node already runs on ")
+    for line in (("list",), ("show", "tiny"), ("cp", "a", "b"), ("rm", "tiny"), ("doctor",)):
+        ended = await omx(*line, "--models", "/elsewhere")
+        assert ended.code == 2
+        assert ended.err.startswith("Error: --models: a node already runs on ")
     assert served.node.pulls_begun == 0
+
+
+async def test_errors_of_a_modelfile_name_the_file_that_was_given(served, omx, tmp_path):
+    (tmp_path / "My.file").write_text("nothing")
+    ended = await omx("create", "made", "-f", "My.file")
+    assert (ended.code, ended.err) == (2, "Error: My.file: it has no FROM\n")
+    ended = await omx("create", "made", "-f", "-", stdin=b"nothing", OMX_DEBUG="")
+    assert (ended.code, ended.err) == (2, "Error: stdin: it has no FROM\n")
+
+
+async def test_a_fifo_is_no_modelfile(served, omx, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    ended = await omx("create", "made", "-f", "fifo")
+    assert (ended.code, ended.err) == (2, "Error: fifo: not a regular file; name it with -f\n")
+
+
+@pytest.mark.parametrize("line", [("list",), ("list", "--json"), ("--help",)])
+@pytest.mark.parametrize(
+    ("to", "why"), [(">&-", "it is closed"), (">/dev/full", "No space left on device")]
+)
+async def test_an_answer_that_cannot_be_written_is_said(served, tmp_path, line, to, why):
+    shell = " ".join(command(*line)) + f" {to}"
+    done = await trio.run_process(
+        ["bash", "-c", shell], env=environment(tmp_path), capture_stderr=True, check=False
+    )
+    assert done.returncode == 4
+    told = done.stderr.decode()
+    assert f"cannot write to standard output: {why}" in told
+    assert told.count("\n") == 1
+
+
+async def test_without_stderr_the_exit_code_still_tells(served, tmp_path):
+    for to in ("2>&-", "2>/dev/full", ">&- 2>&-"):
+        shell = " ".join(command("show", "none")) + f" {to}"
+        done = await trio.run_process(
+            ["bash", "-c", shell],
+            env=environment(tmp_path),
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (3, b"", b"")
 
 
 async def test_a_pull_into_a_pipe_is_a_line_per_state(served, omx):
     ended = await omx("pull", "tiny")
-    assert (ended.code, ended.out) == (0, "")
-    assert ended.err.splitlines() == [
-        "pulling manifest",
-        "pulling 0123456789ab: 100 B",
+    assert ended.code == 0
+    assert ended.err.splitlines() == ["pulling manifest", "pulling 0123456789ab: 100 B"]
+    assert ended.out.splitlines() == [
         "pulled tiny:latest: 100 B in 2.0 s, 50 B/s; 100 B from 12D3KooW…riHhKu"
         "; 0 B fetched twice".replace("riHhKu", OTHER_PEER[-6:]),
     ]
@@ -137,6 +182,7 @@ async def test_a_pull_on_a_terminal_draws_a_bar(served, tmp_path):
     ours, theirs = pty.openpty()
     process = await trio.lowlevel.open_process(
         command("pull", "tiny"),
+        stdout=theirs,
         stderr=theirs,
         env=environment(tmp_path, TERM="xterm", COLUMNS="120", LINES="30"),
     )

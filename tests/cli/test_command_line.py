@@ -46,6 +46,10 @@ def test_every_command_has_help_and_json(command):
         (["invite", "--uses", "0"], "--uses"),
         (["invite", "--expires", "soon"], "'soon' is not a time like 90s"),
         (["invite", "--expires", "nan"], "is not a time"),
+        (["invite", "--expires", "367d"], "--expires: '367d' is not between 1s and 366d"),
+        (["invite", "--uses", "257"], "--uses"),
+        (["import", "", "x"], "FILE is empty"),
+        (["list", "--data-dir", "/etc/passwd"], "/etc/passwd is a file, not a folder"),
         (["show", "x", "--license", "--system"], "only one of"),
         (["up", "--api", "0.0.0.0:1"], "--api: 0.0.0.0 is not a loopback address"),
         (["up", "--listen", "tcp/1"], "--listen: invalid address"),
@@ -61,12 +65,92 @@ def test_bad_usage_is_one_line_and_2(line, text, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("line", [[], ["config"]])
+def test_without_a_command_there_is_help_with_its_line_breaks(line, capsys):
+    assert run(line) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Usage: omx")
+    assert err.count("\n") > 5
+
+
+def test_a_fifo_is_no_config_file(tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    for line in (["config", "check"], ["config", "show", "--config"]):
+        assert run([*line, str(tmp_path / "fifo")]) == 2
+        assert "not a regular file" in capsys.readouterr().err
+
+
+TICKET = "omx1" + "q7" * 60
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["up", TICKET],
+        ["up", "--bootstrap", TICKET.upper()],
+        ["join", TICKET, "/ip4/127.0.0.1/tcp/1"],
+        ["join", TICKET, TICKET],
+        ["join", TICKET[:60], TICKET[60:]],
+        [TICKET],
+    ],
+)
+def test_a_ticket_is_never_repeated(line, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMX_DATA_DIR", str(tmp_path / "d"))
+    assert run(line) == 2
+    err = capsys.readouterr().err
+    assert "q7q7" not in err.lower()
+    assert err.count("\n") == 1
+    if line[0] == "join":
+        assert "give one ticket, or addresses, not both" in err
+    assert not (tmp_path / "d").exists()
+
+
+def test_nothing_is_made_by_a_bad_ticket_or_by_leaving(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMX_DATA_DIR", str(tmp_path / "d"))
+    assert run(["join", "hello"]) == 2
+    assert "this is not a whole ticket" in capsys.readouterr().err
+    assert run(["leave"]) == 0
+    assert capsys.readouterr().out == "this node is not in a swarm\n"
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.network
+def test_ctrl_c_while_it_starts_is_one_line(tmp_path):
+    script = (
+        "import sys\n"
+        "class Pressed:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'omx_cli.main':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Pressed())\n"
+        "from omx_cli.entry import main\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(tmp_path),
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (130, b"Error: interrupted\n")
+
+
+def test_ctrl_c_in_a_command_is_one_line(monkeypatch, capsys):
+    def pressed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ollamamax_p2p.config.loading.load", pressed)
+    assert run(["config", "show"]) == 130
+    assert capsys.readouterr().err.strip() == "Error: interrupted"
+
+
 def test_errors_for_programs_are_json(capsys):
     assert run(["status", "--json"]) == 4
     found = json.loads(capsys.readouterr().err)
     assert found["code"] == "node_not_running"
-    assert run(["frobnicate", "--json"]) == 2
-    assert json.loads(capsys.readouterr().err)["code"] == "usage"
+    for line in (["frobnicate", "--json"], ["--json"], ["--json", "list"]):
+        assert run(line) == 2
+        assert json.loads(capsys.readouterr().err)["code"] == "usage"
 
 
 @pytest.mark.parametrize("command", [["status"], ["peers"], ["invite"], ["stop"], ["events"]])
@@ -119,7 +203,8 @@ def test_a_fault_of_ours_is_one_line_without_a_traceback(monkeypatch, capsys):
 def test_version():
     result = CliRunner().invoke(app, ["--version"])
     assert result.output.startswith("omx version is ")
-    assert json.loads(CliRunner().invoke(app, ["version", "--json"]).output)["version"]
+    for line in (["version", "--json"], ["--version", "--json"], ["--json", "-v"]):
+        assert json.loads(CliRunner().invoke(app, line).output)["version"]
 
 
 SLOW_MODULES = {

@@ -94,6 +94,7 @@ def test_a_blobs_line_tells_percent_bytes_rate_time_left_and_sources():
     assert text.startswith("pulling 0123456789ab:  22% ▕████")
     assert text.endswith("1.0 GB/4.7 GB  35 MB/s  1m43s  3 sources")
     assert len(blob_text(line, 12.0, 72)) <= 72
+    assert blob_text(line, 12.0, 40).startswith(" 22% pulling 0123456789ab:")
 
 
 def test_a_stall_is_seen_as_one():

@@ -184,8 +184,45 @@ async def test_a_node_that_is_frozen_is_not_waited_for(tmp_path):
             capture_stderr=True,
             check=False,
         )
-    assert done.returncode == 5
-    assert b"is it frozen?" in done.stderr
+        pid = process.pid
+    assert done.returncode == 4
+    assert f"kill -CONT {pid} wakes it, kill -9 {pid} ends it" in done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("api-token", ""),
+        ("api-token", "damaged"),
+        ("api-token", "x" * 43),
+        ("node.json", "{}"),
+        ("node.json", None),
+    ],
+)
+async def test_a_node_whose_files_are_damaged_is_named(tmp_path, file, text):
+    async with up(tmp_path / "d") as (process, _):
+        if text is None:
+            (tmp_path / "d" / file).unlink()
+        else:
+            (tmp_path / "d" / file).write_text(text)
+        for line in ("status", "list", "stop"):
+            ended = await omx_on(tmp_path / "d", line)
+            assert ended.code == 4
+            assert f"a node (process {process.pid}) runs on " in ended.err
+            assert f"its {file} is " in ended.err
+            assert f"run: kill {process.pid}, then omx up" in ended.err
+
+
+async def test_a_store_that_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for models in (tmp_path / "file", tmp_path / "file" / "below"):
+        ended = await omx_on(tmp_path / "d", "list", "--models", str(models))
+        assert ended.code == 4
+        assert ended.err.startswith(f"Error: {tmp_path / 'file'}: there is a file where a folder")
+    if sys.platform == "linux":
+        ended = await omx_on(tmp_path / "d", "list", "--models", "/proc/y")
+        assert ended.code in (0, 4)  # 0: /proc says itself that it cannot be written
+        assert "fault of omx" not in ended.err
 
 
 async def test_a_taken_data_folder_and_a_taken_port_are_named(tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ollamamax_p2p.config import NodeConfig, all_settings, effective, load, load_config
 from ollamamax_p2p.errors import BadConfig, KeyExposed, OmxError
+from ollamamax_p2p.host import HostSettings
 
 PEER = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
 
@@ -237,3 +238,23 @@ def test_no_file_raises_anything_but_our_errors(tmp_path_factory, raw):
     file.chmod(0o600)
     with suppress(OmxError):
         load_config(environment={}, file=file)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"name": 5}, "name: expected a text, not 5"),
+        ({"host": HostSettings(listen="/ip4/127.0.0.1/tcp/0")}, "host.listen: expected a list"),
+        ({"host": 5}, "host: expected HostSettings"),
+        ({"data_dir": 5}, "data_dir: expected a path"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_its_key(given, problem):
+    with pytest.raises(BadConfig, match=problem):
+        NodeConfig(**given)
+
+
+def test_a_data_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadConfig, match="is a file, not a folder"):
+        load_config(environment={}, flags={"data_dir": str(tmp_path / "file")})

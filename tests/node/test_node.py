@@ -1,6 +1,7 @@
 """Whole nodes: found, join, pull, leave, restart. Real libp2p on loopback."""
 
 import os
+import socket
 
 import pytest
 import trio
@@ -13,7 +14,9 @@ from ollamamax_p2p.errors import (
     NoSources,
     NotAdmitted,
     OmxError,
+    OriginTrouble,
     PeerUnreachable,
+    PortInUse,
     TicketExpired,
     TicketMistyped,
     TicketUnknown,
@@ -474,3 +477,63 @@ async def test_of_two_joins_at_once_one_wins_and_the_other_is_told(tmp_path):
                 nursery.start_soon(join, ticket)
         assert BadConfig in outcomes
         assert await swarm_of(c) in outcomes
+
+
+# -- what comes out of open_node ---------------------------------------------------------------
+
+
+async def test_one_error_comes_out_of_the_block_as_it_is(tmp_path):
+    with pytest.raises(KeyError, match="mine"):
+        async with node_at(tmp_path / "a"):
+            raise KeyError("mine")
+    with pytest.raises(ModelNotFound):
+        async with node_at(tmp_path / "a") as node, trio.open_nursery() as nursery:
+            nursery.start_soon(node.show, "none")
+
+
+async def test_several_errors_come_out_as_a_group(tmp_path):
+    with pytest.raises(ExceptionGroup) as caught:
+        async with node_at(tmp_path / "a"):
+            raise ExceptionGroup("mine", [KeyError(1), KeyError(2)])
+    assert caught.group_contains(KeyError, match="2")
+
+
+async def test_a_node_that_is_cancelled_ends_without_an_error(tmp_path):
+    with trio.CancelScope() as scope:
+        async with node_at(tmp_path / "a"):
+            scope.cancel()
+            await trio.sleep_forever()
+    assert scope.cancelled_caught
+
+
+async def test_a_taken_port_is_named_without_a_group(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUse):
+            async with node_at(tmp_path / "a", **{"host.listen": [f"/ip4/127.0.0.1/tcp/{port}"]}):
+                pass
+
+
+async def test_a_ticket_and_a_path_may_be_plain_text(tmp_path):
+    file = model_file(tmp_path / "m.safetensors")
+    async with node_at(tmp_path / "a") as a, node_at(tmp_path / "b") as b:
+        assert (await a.import_model(str(file), "tiny")).name == "tiny:latest"
+        assert (await b.join(await ticket_of(a))).peers == (a.peer_id,)
+        with pytest.raises(BadConfig, match="not both"):
+            await b.join([await ticket_of(a), str(a.addresses[0])])
+
+
+async def test_an_origin_that_fails_a_node_without_peers_is_not_all_that_is_said(tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        registry = f"127.0.0.1:{unused.getsockname()[1]}"
+        origin = {
+            "origin.enabled": True,
+            "origin.allow_private": [registry],
+            "origin.tries": 1,
+        }
+        async with node_at(tmp_path / "a", **origin) as node:
+            with pytest.raises(OriginTrouble, match="no member of the swarm is connected"):
+                await node.pull(f"{registry}/library/none", insecure=True)
