@@ -8,6 +8,9 @@ from ollamamax_p2p.errors import PeerMisbehaved
 from ollamamax_p2p.identity import PeerId
 from ollamamax_p2p.observability import Event, EventFeed
 
+BANNED_MAX = 4_096
+"""Remembered at once; a peer id costs nothing, so a crowd of them must not fill memory."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -31,6 +34,8 @@ class BanList:
         if peer in self._reasons:
             return
         self._reasons[peer] = error.problem
+        if len(self._reasons) > BANNED_MAX:
+            del self._reasons[next(iter(self._reasons))]  # the oldest
         _log.warning("banned peer %s: %s", peer, error.problem)
         at = datetime.fromtimestamp(self._wall_clock(), UTC).isoformat()
         facts = {"peer": peer, "error": type(error).__name__, "reason": error.problem}

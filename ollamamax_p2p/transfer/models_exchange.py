@@ -1,7 +1,7 @@
 """Ask members what a model's name means to them, and answer them (`/omx/models/1`)."""
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +17,7 @@ from ollamamax_p2p.discovery import ProviderDirectory
 from ollamamax_p2p.errors import (
     MalformedMessage,
     ModelNotFound,
+    NetworkTrouble,
     NoSources,
     OmxError,
     PeerMisbehaved,
@@ -40,17 +41,24 @@ pull.
 """
 
 
+FUTURE_MAX_S = 86_400.0
+"""A date this far in the future is not a clock that is a little fast; it says nothing then."""
+
+
 class AskManifest(Message, tag="ask_manifest", frozen=True):
     """What does this name mean to you?"""
 
     name: Annotated[str, Meta(max_length=1_024)]
 
 
+_DATE_MAX = 1e11
+
+
 class HeldManifest(Message, tag="held_manifest", frozen=True):
     """This; a name that is not held is answered by ModelNotFound."""
 
     raw: Annotated[bytes, Meta(max_length=MANIFEST_BYTES_MAX)]
-    modified_at: Annotated[float, Meta(ge=0, le=1e11)]
+    modified_at: Annotated[float, Meta(ge=0, le=_DATE_MAX)]
     """Unix seconds at which the answerer stored it, by its own clock."""
 
 
@@ -76,9 +84,12 @@ async def open_models_exchange(
     connected_peers: Callable[[], Sequence[PeerId]],
     providers: ProviderDirectory,
     on_misbehaviour: Callable[[PeerId, PeerMisbehaved], None],
+    is_banned: Callable[[PeerId], bool],
+    wall_clock: Callable[[], float],
 ) -> AsyncIterator["ModelsExchange"]:
     """Ask and answer for as long as the block is open.
 
+    is_banned: these are neither asked nor listened to. wall_clock: Unix seconds.
     providers: finds holders beyond the connected peers; models are announced there by `model_key`.
     """
     from ollamamax_p2p.host import open_requests
@@ -89,7 +100,9 @@ async def open_models_exchange(
     async with open_requests(
         host, protocol_ids.MODELS, requests=_questions, answers=_answers, answer=answer
     ) as requests:
-        yield ModelsExchange(requests, connected_peers, providers, on_misbehaviour)
+        yield ModelsExchange(
+            requests, connected_peers, providers, on_misbehaviour, is_banned, wall_clock
+        )
 
 
 def model_key(name: ModelName) -> Digest:
@@ -99,8 +112,8 @@ def model_key(name: ModelName) -> Digest:
 
 async def _held(store: BlobStore, name: ModelName) -> HeldManifest:
     manifest = await store.manifest(name)
-    dates = [model.modified_at for model in await store.models() if model.name.matches(name)]
-    return HeldManifest(raw=manifest.raw, modified_at=dates[0].timestamp() if dates else 0.0)
+    written = (await store.modified_at(name)).timestamp()
+    return HeldManifest(raw=manifest.raw, modified_at=min(max(0.0, written), _DATE_MAX))
 
 
 class ModelsExchange:
@@ -112,44 +125,52 @@ class ModelsExchange:
         connected_peers: Callable[[], Sequence[PeerId]],
         providers: ProviderDirectory,
         on_misbehaviour: Callable[[PeerId, PeerMisbehaved], None],
+        is_banned: Callable[[PeerId], bool],
+        wall_clock: Callable[[], float],
     ) -> None:
         self._requests = requests
         self._connected_peers = connected_peers
         self._providers = providers
         self._on_misbehaviour = on_misbehaviour
+        self._is_banned = is_banned
+        self._wall_clock = wall_clock
 
     async def meaning(self, name: ModelName) -> Meaning:
         """What most members take it to mean; of two that are held equally often the one stored
         last. The connected members are asked; if none knows it, those that are said to hold it.
 
-        Raises ModelNotFound if nobody knows it, NoSources if there was nobody to ask.
+        Raises ModelNotFound if nobody knows it, NoSources if nobody could be asked.
         """
-        neighbours = list(self._connected_peers())[:ASKED_MAX]
-        held = await self._ask_all(neighbours, name)
-        asked = set(neighbours)
-        if not held:
-            further = [p for p in await self._providers.find(model_key(name)) if p not in asked]
-            held = await self._ask_all(further, name)
-            asked.update(further)
-        if not asked:
+        neighbours = self._welcome(self._connected_peers())[:ASKED_MAX]
+        replies = await self._ask_all(neighbours, name)
+        if not any(replies.values()):
+            further = self._welcome(await self._providers.find(model_key(name)))
+            replies |= await self._ask_all([p for p in further if p not in neighbours], name)
+        if not replies:
             raise NoSources(str(name), "no member of the swarm can be reached; see `omx peers`")
-        return choose(name, [answer for _, answer in sorted(held.items())])
+        # Somebody may have been found lying while the others were waited for.
+        held = [replies[peer] for peer in self._welcome(sorted(replies))]
+        return choose(name, [each for each in held if each], self._wall_clock())
+
+    def _welcome(self, peers: Iterable[PeerId]) -> list[PeerId]:
+        return [peer for peer in peers if not self._is_banned(peer)]
 
     async def _ask_all(
         self, peers: Sequence[PeerId], name: ModelName
-    ) -> dict[PeerId, HeldManifest]:
-        held: dict[PeerId, HeldManifest] = {}
+    ) -> dict[PeerId, HeldManifest | None]:
+        """What those said who said anything; None for a no."""
+        replies: dict[PeerId, HeldManifest | None] = {}
         with trio.move_on_after(ANSWER_S) as waiting:
             async with trio.open_nursery() as nursery:
                 for peer in peers:
-                    nursery.start_soon(self._ask, peer, name, held, waiting)
-        return held
+                    nursery.start_soon(self._ask, peer, name, replies, waiting)
+        return replies
 
     async def _ask(
         self,
         peer: PeerId,
         name: ModelName,
-        held: dict[PeerId, HeldManifest],
+        replies: dict[PeerId, HeldManifest | None],
         waiting: trio.CancelScope,
     ) -> None:
         try:
@@ -157,22 +178,35 @@ class ModelsExchange:
             parse_manifest(answer.raw)
         except PeerMisbehaved as error:
             self._on_misbehaviour(peer, type(error)(peer, error.problem))
+            replies[peer] = None
+        except NetworkTrouble:
+            return  # it cannot be asked: the others can
         except OmxError:
-            return  # it does not know the name, or cannot be asked: the others can
+            replies[peer] = None
         else:
-            held[peer] = answer
+            replies[peer] = answer
             waiting.deadline = min(waiting.deadline, trio.current_time() + LAGGARDS_S)
 
 
-def choose(name: ModelName, answers: Sequence[HeldManifest]) -> Meaning:
-    """The manifest that most gave; ties go to the newest, then to the larger bytes."""
+def choose(name: ModelName, answers: Sequence[HeldManifest], now: float) -> Meaning:
+    """The manifest that most gave; ties go to the newest, then to the larger bytes.
+
+    now: Unix seconds; nothing was written later than that.
+    """
     if not answers:
         raise ModelNotFound(str(name))
     votes = Counter(answer.raw for answer in answers)
-    newest = {raw: max(a.modified_at for a in answers if a.raw == raw) for raw in votes}
+    newest = {
+        raw: max(_believed(a.modified_at, now) for a in answers if a.raw == raw) for raw in votes
+    }
     raw = max(votes, key=lambda raw: (votes[raw], newest[raw], raw))
     try:
         manifest = parse_manifest(raw)
     except MalformedMessage:
         raise ModelNotFound(str(name)) from None
     return Meaning(manifest, votes[raw], len(answers) - votes[raw])
+
+
+def _believed(modified_at: float, now: float) -> float:
+    """When a manifest was written, given what its holder says."""
+    return min(modified_at, now) if modified_at <= now + FUTURE_MAX_S else 0.0

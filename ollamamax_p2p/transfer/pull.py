@@ -14,6 +14,7 @@ from ollamamax_p2p.content.core.digest import Digest, short
 from ollamamax_p2p.content.core.manifest import Manifest
 from ollamamax_p2p.content.core.model_name import ModelName
 from ollamamax_p2p.errors import (
+    BlobNotFound,
     ModelNotFound,
     NoSources,
     OmxError,
@@ -34,7 +35,11 @@ BLOBS_AT_ONCE = 3
 three do not split the link into slow parts.
 """
 
+FILLS_MAX = 3
+"""A blob that is removed under a pull is fetched again; who removes it each time wants that."""
+
 OnProgress = Callable[[PullProgress], None]
+PutManifest = Callable[[ModelName, Manifest], Awaitable[None]]
 Fetch = Callable[[Digest, int, OriginOffer | None], Awaitable[FetchTally]]
 
 _log = logging.getLogger(__name__)
@@ -52,6 +57,7 @@ class Pull:
         origin: Origin | None,
         fetch: Fetch,
         tally_of: Callable[[Digest], FetchTally | None],
+        put_manifest: PutManifest,
         from_origin: bool,
         insecure: bool,
     ) -> None:
@@ -61,6 +67,7 @@ class Pull:
         self._origin = origin
         self._fetch = fetch
         self._tally_of = tally_of
+        self._put_manifest = put_manifest
         self._from_origin = from_origin
         self._insecure = insecure
         self._listeners: list[OnProgress] = []
@@ -70,6 +77,8 @@ class Pull:
         self._last: PullProgress | None = None
         self._done: dict[Digest, FetchTally] = {}
         self._running: dict[Digest, None] = {}
+        self.wanted: frozenset[Digest] = frozenset()
+        """The blobs of its model, once they are known."""
         self._told: dict[Digest, tuple[object, ...]] = {}
 
     def add_listener(self, listener: OnProgress) -> None:
@@ -92,18 +101,30 @@ class Pull:
             raise StoreReadOnly(self._store.place)
         self._tell(PullProgress(status="pulling manifest"))
         manifest = await self._manifest()
-        missing = [blob for blob in manifest.blobs() if not await self._store.has(blob[0])]
-        await self._check_room(missing)
-        absent = dict(missing)
-        for digest, size in manifest.blobs():
-            if digest not in absent:
-                self._tell_blob(digest, FetchTally(size, completed=size))
-        await self._fetch_all(missing)
-        self._tell(PullProgress(status="verifying sha256 digest", sources=self._shares()))
-        self._tell(PullProgress(status="writing manifest", sources=self._shares()))
-        await self._store.put_manifest(self.name, manifest)
+        self.wanted = frozenset(digest for digest, _ in manifest.blobs())
+        await self._fill(manifest)
         self._tell(PullProgress(status="success", sources=self._shares()))
         return self._report(manifest, trio.current_time() - began)
+
+    async def _fill(self, manifest: Manifest) -> None:
+        """Fetch what is missing and name it. A blob that was here may be removed meanwhile, with
+        another model that had it too; then that blob is fetched as well.
+        """
+        for again in range(FILLS_MAX):
+            missing = [blob for blob in manifest.blobs() if not await self._store.has(blob[0])]
+            await self._check_room(missing)
+            absent = dict(missing)
+            for digest, size in manifest.blobs():
+                if digest not in absent and not again:
+                    self._tell_blob(digest, FetchTally(size, completed=size))
+            await self._fetch_all(missing)
+            self._tell(PullProgress(status="verifying sha256 digest", sources=self._shares()))
+            self._tell(PullProgress(status="writing manifest", sources=self._shares()))
+            try:
+                return await self._put_manifest(self.name, manifest)
+            except BlobNotFound:
+                if again == FILLS_MAX - 1:
+                    raise
 
     async def _manifest(self) -> Manifest:
         if not self._from_origin:
@@ -137,15 +158,17 @@ class Pull:
         return manifest
 
     async def _check_room(self, missing: list[tuple[Digest, int]]) -> None:
-        """Before the first byte. An unfinished blob has its room already."""
-        begun = set(await self._store.partials())
-        needed = sum(size for digest, size in missing if digest not in begun)
+        """Before the first byte. What is here of an unfinished blob has its room already."""
+        needed = 0
+        for digest, size in missing:
+            rest = await self._store.missing_bytes(digest)
+            needed += size if rest is None else min(rest, size)
         free = await self._store.free_bytes()
         if needed > free:
             raise StoreFull(self._store.place, needed, free)
 
     async def _fetch_all(self, missing: list[tuple[Digest, int]]) -> None:
-        failures: list[OmxError] = []
+        failures: list[Exception] = []
         places = trio.Semaphore(BLOBS_AT_ONCE)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tell_regularly)
@@ -164,7 +187,7 @@ class Pull:
         digest: Digest,
         size: int,
         places: trio.Semaphore,
-        failures: list[OmxError],
+        failures: list[Exception],
         fetches: trio.Nursery,
     ) -> None:
         offer = None
@@ -174,7 +197,7 @@ class Pull:
         try:
             self._done[digest] = await self._fetch(digest, size, offer)
             self._tell_blob(digest, self._done[digest])
-        except OmxError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised when all have ended
             failures.append(error)
             fetches.cancel_scope.cancel()  # without this blob the others are of no use now
         finally:

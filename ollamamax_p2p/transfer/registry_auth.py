@@ -157,7 +157,7 @@ def read_token(body: bytes, *, url: WebUrl) -> str:
     """The token in a token service's answer. Raises OriginUnavailable if there is none."""
     try:
         answer = msgspec.json.decode(body, type=_TokenAnswer)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # the last: too deep
         raise OriginUnavailable(str(url), "the token service's answer is not understood") from None
     token = answer.token or answer.access_token
     if not _TOKEN.match(token):

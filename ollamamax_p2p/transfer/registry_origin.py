@@ -469,7 +469,13 @@ class _Requests:
         try:
             raw = await self._whole(answer, url, EXPLANATION_BYTES_MAX)
             said = msgspec.json.decode(raw, type=_RegistryError).text()
-        except (TryAgain, OriginUnavailable, msgspec.DecodeError, UnicodeDecodeError):
+        except (
+            TryAgain,
+            OriginUnavailable,
+            msgspec.DecodeError,
+            UnicodeDecodeError,
+            RecursionError,  # JSON that is deep enough
+        ):
             return ""
         proof = self._proofs.get((place.registry, place.repository), "")
         known = [proof.partition(" ")[2], *(self._credentials(url) or "").split(":", 1)[1:]]
@@ -558,7 +564,7 @@ def _require_range(answer: HttpAnswer, url: WebUrl, start: int, end: int) -> boo
             raise OriginUnavailable(
                 str(url), "sends the whole blob when asked for a part, so it cannot be a source"
             )
-        if length.isdecimal() and int(length) < end:
+        if length.isdecimal() and len(length) < 20 and int(length) < end:
             raise OriginUnavailable(str(url), f"has only {length} of {end} bytes of the blob")
         return length == str(end)
     match = _CONTENT_RANGE.match(answer.header("content-range"))
@@ -576,10 +582,10 @@ def _pause_s(answer: HttpAnswer) -> float:
         return float(text)
     try:
         until = parsedate_to_datetime(text)
-    except ValueError:
+        aware = until if until.tzinfo else until.replace(tzinfo=UTC)
+        return max(0.0, (aware - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):  # the second for years and zones beyond any calendar
         return 0.0
-    aware = until if until.tzinfo else until.replace(tzinfo=UTC)
-    return max(0.0, (aware - datetime.now(UTC)).total_seconds())
 
 
 def _refuse_login(url: WebUrl, *, has_credentials: bool) -> NoReturn:

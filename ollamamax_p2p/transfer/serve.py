@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from ollamamax_p2p.content import BlobReader, BlobStore
+from ollamamax_p2p.content import BlobStore
 from ollamamax_p2p.content.core.chunk_map import ChunkMap
 from ollamamax_p2p.content.core.digest import Digest
 from ollamamax_p2p.errors import (
@@ -38,6 +38,7 @@ from ollamamax_p2p.transfer.core.peer_session import (
     Step,
 )
 from ollamamax_p2p.transfer.core.upload_slots import UploadSlots
+from ollamamax_p2p.transfer.open_readers import OpenReaders
 from ollamamax_p2p.transfer.settings import TransferSettings
 from ollamamax_p2p.transfer.shared_work import SharedWork
 from ollamamax_p2p.transfer.unfinished import UnfinishedBlob, UnfinishedBlobs, Watcher
@@ -76,6 +77,7 @@ class BlobServer:
         )
         self._uploads: dict[PeerId, list[_Upload]] = {}
         self._maps: OrderedDict[Digest, ChunkMap] = OrderedDict()
+        self._readers = OpenReaders(store)
         self._look_ups: SharedWork[Digest, ChunkMap] = SharedWork(nursery)
         self.bytes_sent = 0
         """Of chunks, since the node was started."""
@@ -98,6 +100,8 @@ class BlobServer:
             if not uploads:
                 del self._uploads[peer]
             self.interest_changed(peer)
+            if not self._uploads:
+                await self._readers.aclose()
 
     def interest_changed(self, peer: PeerId) -> None:
         """It has opened or closed blobs, or what is held of them has changed."""
@@ -119,7 +123,7 @@ class BlobServer:
             return Holding(await self._map_of(digest), None)
         except BlobNotFound:
             return None
-        except LocalTrouble as error:
+        except (LocalTrouble, OSError) as error:
             _log.error("cannot serve %s: %s", digest, error)
             return None
 
@@ -139,9 +143,9 @@ class BlobServer:
         """The blob, if it is being fetched now."""
         return self._unfinished.get(digest)
 
-    async def open(self, digest: Digest) -> BlobReader:
-        """A whole blob from the store. Raises BlobNotFound."""
-        return await self._store.open(digest)
+    async def read(self, digest: Digest, at: int, length: int) -> bytes:
+        """From a whole blob in the store. Raises BlobNotFound, LocalTrouble."""
+        return await self._readers.read_at(digest, at, length)
 
     # -- slots ---------------------------------------------------------------------------------
 
@@ -149,6 +153,7 @@ class BlobServer:
         while True:
             await trio.sleep(TURN_INTERVAL_S)
             self._turn()
+            await self._readers.close_idle(trio.current_time())
 
     def _turn(self) -> None:
         choked, unchoked = self._slots.turn(now=trio.current_time())
@@ -194,7 +199,6 @@ class _Upload:
         self._conversation = conversation
         self._peer = conversation.peer
         self._woken = trio.Event()
-        self._reader: tuple[Digest, BlobReader] | None = None
         self._problem: OmxError | None = None
 
     def wake(self) -> None:
@@ -203,13 +207,9 @@ class _Upload:
 
     async def run(self) -> None:
         """Until the stream ends."""
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._end_with, nursery, self._listen)
-                nursery.start_soon(self._end_with, nursery, self._work)
-        finally:
-            with trio.CancelScope(shield=True):  # closing a file does not wait for the peer
-                await self._close_reader()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._end_with, nursery, self._listen)
+            nursery.start_soon(self._end_with, nursery, self._work)
         if self._problem is not None:
             raise self._problem
 
@@ -261,7 +261,7 @@ class _Upload:
     async def _send_part(self, step: SendPart) -> None:
         try:
             data = await self._read(step)
-        except (BlobNotFound, LocalTrouble) as error:
+        except (BlobNotFound, LocalTrouble, OSError) as error:
             _log.warning("cannot serve %s any more: %s", step.chunk_map.blob, error)
             self.session.lost(step.chunk_map.blob)
             self._server.interest_changed(self._peer)
@@ -280,17 +280,7 @@ class _Upload:
                 return await unfinished.partial.read_at(at, step.length)
             except ValueError:
                 pass  # committed this moment: it is in the store now
-        if self._reader is None or self._reader[0] != digest:
-            await self._close_reader()
-            reader = await self._server.open(digest)
-            self._reader = digest, await reader.__aenter__()
-        return await self._reader[1].read_at(at, step.length)
-
-    async def _close_reader(self) -> None:
-        if self._reader is not None:
-            _, reader = self._reader
-            self._reader = None
-            await reader.__aexit__(None, None, None)
+        return await self._server.read(digest, at, step.length)
 
     async def _send(self, message: FromSource) -> None:
         with trio.move_on_after(SEND_TIMEOUT_S) as waiting:

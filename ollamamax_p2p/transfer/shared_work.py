@@ -1,5 +1,6 @@
 """Work that several callers may want at once is done once, and they share what comes of it."""
 
+import logging
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -11,6 +12,8 @@ from ollamamax_p2p.errors import OmxError
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(eq=False)
 class _Work(Generic[Result]):
@@ -18,19 +21,23 @@ class _Work(Generic[Result]):
     ended: trio.Event = field(default_factory=trio.Event)
     waiting: int = 0
     result: Result | None = None
-    error: OmxError | None = None
+    error: Exception | None = None
     finished: bool = False
 
 
 class SharedWork(Generic[Key, Result]):
-    """Runs one task per key in its owner's nursery, for as long as anybody waits for it."""
+    """Runs one task per key in its owner's nursery, for as long as anybody waits for it.
+
+    Whatever goes wrong in a task is its callers' to see and never reaches the nursery: much of what
+    is worked on comes from strangers, and must not end all the rest.
+    """
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._running: dict[Key, _Work[Result]] = {}
 
     async def run(self, key: Key, do: Callable[[], Awaitable[Result]]) -> Result:
-        """What `do` gives, or the OmxError that it raises; joins the work if it runs already.
+        """What `do` gives, or the exception that it raises; joins the work if it runs already.
 
         A cancelled caller leaves at once. When the last one has left, the work is cancelled; the
         next caller waits for its end and begins anew.
@@ -61,7 +68,9 @@ class SharedWork(Generic[Key, Result]):
             with work.scope:
                 work.result = await do()
                 work.finished = True
-        except OmxError as error:
+        except Exception as error:  # noqa: BLE001 - see the class
+            if not isinstance(error, OmxError):
+                _log.error("an unexpected error in the work on %s", key, exc_info=error)
             work.error = error
         finally:
             del self._running[key]

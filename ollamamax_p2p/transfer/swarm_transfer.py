@@ -12,9 +12,10 @@ import trio
 
 from ollamamax_p2p.content import BlobStore
 from ollamamax_p2p.content.core.digest import Digest
+from ollamamax_p2p.content.core.manifest import Manifest
 from ollamamax_p2p.content.core.model_name import ModelName, parse_model_name
 from ollamamax_p2p.discovery import ProviderDirectory
-from ollamamax_p2p.errors import OmxError, code
+from ollamamax_p2p.errors import LocalTrouble, ModelNotFound, StoreDamaged, code, first_named
 from ollamamax_p2p.host import PeerHost
 from ollamamax_p2p.identity import PeerId
 from ollamamax_p2p.observability import Event, EventFeed
@@ -79,6 +80,23 @@ class Transfer:
         """Tell the swarm that the model is gone from here, and those of its blobs."""
         await self._services.providers.withdraw([*removed, model_key(name)])
 
+    async def put_manifest(self, name: ModelName, manifest: Manifest) -> None:
+        """Name a model here; what only the version before it needed is removed and withdrawn.
+        Raises BlobNotFound if a blob of it is missing, LocalTrouble.
+        """
+        store = self._services.store
+        before = await _blobs_of(store, name)
+        await store.put_manifest(name, manifest)
+        needed = {digest for digest, _ in manifest.blobs()}
+        needed.update(*(pull.wanted for pull in self._pulls.values()))
+        try:
+            removed = await store.remove_unused([d for d in before if d not in needed])
+        except LocalTrouble as error:
+            _log.warning("%s has a new version; cannot remove the old: %s", name, error)
+        else:
+            if removed:
+                await self._services.providers.withdraw(removed)
+
     def pulls(self) -> tuple[str, ...]:
         """The models that are being pulled now."""
         return tuple(str(pull.name) for pull in self._pulls.values())
@@ -110,6 +128,7 @@ class Transfer:
                 origin=self._origin,
                 fetch=self._fetch,
                 tally_of=self._tally_of,
+                put_manifest=self.put_manifest,
                 from_origin=from_origin,
                 insecure=insecure,
             )
@@ -126,8 +145,10 @@ class Transfer:
         self._report("pull.started", model=str(model))
         try:
             report = await pull.run()
-        except OmxError as error:
-            self._report("pull.failed", model=str(model), error=code(error), message=str(error))
+        except Exception as error:
+            named = first_named(error)
+            facts = (code(named), str(named)) if named else ("internal_error", type(error).__name__)
+            self._report("pull.failed", model=str(model), error=facts[0], message=facts[1])
             raise
         finally:
             if self._pulls.get(model.key) is pull:
@@ -166,6 +187,14 @@ class Transfer:
         self._feed.report(Event(kind=kind, at=at, facts=facts))
 
 
+async def _blobs_of(store: BlobStore, name: ModelName) -> list[Digest]:
+    """The blobs of what a name stands for now; none if it stands for nothing that can be read."""
+    try:
+        return [digest for digest, _ in (await store.manifest(name)).blobs()]
+    except (ModelNotFound, StoreDamaged):
+        return []
+
+
 @asynccontextmanager
 async def open_transfer(
     host: PeerHost,
@@ -190,7 +219,9 @@ async def open_transfer(
     unfinished = UnfinishedBlobs()
     async with (
         trio.open_nursery() as nursery,
-        open_models_exchange(host, store, connected_peers, providers, bans.ban) as exchange,
+        open_models_exchange(
+            host, store, connected_peers, providers, bans.ban, bans.__contains__, wall_clock
+        ) as exchange,
     ):
         server = BlobServer(store, unfinished, settings, nursery)
         services = FetchServices(

@@ -330,3 +330,133 @@ async def test_events_tell_of_pulls(autojump_clock, seed):
                     await me.transfer.pull("no:such")
             kinds = [(await events.__anext__()).kind for _ in range(4)]
         assert kinds == ["pull.started", "pull.finished", "pull.started", "pull.failed"]
+
+
+# -- a name that gets another version ----------------------------------------------------------
+
+NEXT_WEIGHTS = some_bytes(MiB, seed=2)
+NEXT = model_of(NEXT_WEIGHTS, TEMPLATE, config=CONFIG)
+
+
+async def test_a_newer_version_takes_the_place_of_the_old(autojump_clock, seed):
+    origin = origin_with_model()
+    async with open_swarm(seed) as swarm:
+        me = await swarm.add(origin=origin)
+        with trio.fail_after(60):
+            await me.transfer.pull(NAME)
+            origin.blobs[digest_of(NEXT_WEIGHTS)] = NEXT_WEIGHTS
+            origin.manifests[NAME.key] = NEXT
+            await me.transfer.pull(NAME, from_origin=True)
+        assert await me.store.blobs() == sorted(map(digest_of, (NEXT_WEIGHTS, TEMPLATE, CONFIG)))
+        announced = {digest for digest, who in swarm.directory.holders.items() if me.id in who}
+        assert digest_of(WEIGHTS) not in announced
+        assert {digest_of(TEMPLATE), digest_of(NEXT_WEIGHTS)} <= announced
+
+
+async def test_the_old_versions_blobs_stay_for_another_name_of_them(autojump_clock, seed):
+    async with open_swarm(seed) as swarm:
+        me = await swarm.add(holding=[*BLOBS, NEXT_WEIGHTS])
+        other = parse_model_name("other:model")
+        await me.transfer.put_manifest(NAME, MODEL)
+        await me.transfer.put_manifest(other, MODEL)
+        await me.transfer.put_manifest(NAME, NEXT)
+        assert await me.store.has(digest_of(WEIGHTS))
+        await me.transfer.put_manifest(other, NEXT)
+        assert not await me.store.has(digest_of(WEIGHTS))
+
+
+async def test_the_old_versions_blobs_stay_for_a_pull_that_wants_them(autojump_clock, seed):
+    late = some_bytes(2 * MiB, seed=3)
+    origin = RamOrigin(late, bytes_s=MiB)
+    other = parse_model_name("other:model")
+    origin.manifests[other.key] = model_of(WEIGHTS, late, config=CONFIG)
+    async with open_swarm(seed) as swarm:
+        me = await swarm.add(holding=[*BLOBS, NEXT_WEIGHTS], origin=origin)
+        await me.transfer.put_manifest(NAME, MODEL)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(me.transfer.pull, other)
+            await trio.sleep(1)
+            assert me.transfer.pulls() == ("other:model",)
+            await me.transfer.put_manifest(NAME, NEXT)
+            assert await me.store.has(digest_of(WEIGHTS))
+        assert (await me.store.manifest(other)).raw == origin.manifests[other.key].raw
+
+
+async def test_a_blob_that_is_removed_under_a_pull_is_fetched_again(autojump_clock, seed):
+    late = some_bytes(2 * MiB, seed=3)
+    origin = RamOrigin(WEIGHTS, late, CONFIG, bytes_s=MiB)
+    other = parse_model_name("other:model")
+    origin.manifests[other.key] = model_of(WEIGHTS, late, config=CONFIG)
+    async with open_swarm(seed) as swarm:
+        me = await swarm.add(holding=BLOBS, origin=origin)
+        await me.store.put_manifest(NAME, MODEL)
+        reports = []
+
+        async def pull() -> None:
+            reports.append(await me.transfer.pull(other))
+
+        with trio.fail_after(120):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pull)
+                await trio.sleep(1)
+                assert digest_of(WEIGHTS) in await me.store.remove_manifest(NAME)
+        assert await me.store.blobs() == sorted(map(digest_of, (WEIGHTS, late, CONFIG)))
+        assert reports[0].bytes_fetched == reports[0].bytes_total
+
+
+async def test_a_begun_blob_counts_by_what_it_misses(autojump_clock, seed):
+    class Sparse(RamStore):
+        """As on a disk: a begun blob has only the room of the bytes that are there."""
+
+        async def missing_bytes(self, digest):
+            return len(WEIGHTS) - MiB if digest == digest_of(WEIGHTS) else None
+
+        async def free_bytes(self):
+            return self.free
+
+    async with open_swarm(seed) as swarm:
+        holder = await add_holder(swarm)
+        me = await swarm.add(store=Sparse())
+        needed = len(WEIGHTS) - MiB + len(TEMPLATE) + len(CONFIG)
+        me.store.free = needed - 1
+        with trio.fail_after(60), pytest.raises(StoreFull):
+            await me.transfer.pull(NAME)
+        assert holder.transfer.bytes_served == 0
+        me.store.free = needed
+        with trio.fail_after(60):
+            await me.transfer.pull(NAME)
+
+
+async def test_a_fault_in_a_pull_ends_that_pull_and_nothing_else(autojump_clock, seed):
+    class Faulty(RamOrigin):
+        async def manifest(self, name, *, insecure=False):
+            raise OverflowError("Python int too large to convert to C int")
+
+    async with open_swarm(seed) as swarm:
+        me = await swarm.add(origin=Faulty())
+        async with me.feed.subscribe() as events:
+            with trio.fail_after(60), pytest.raises(OverflowError):
+                await me.transfer.pull("no:such")
+            told = [await events.__anext__() for _ in range(2)]
+        assert told[1].kind == "pull.failed"
+        assert told[1].facts["error"] == "internal_error"
+        await add_holder(swarm)
+        with trio.fail_after(60):
+            await me.transfer.pull(NAME)
+
+
+async def test_a_fault_in_a_blobs_fetch_ends_that_pull_and_nothing_else(autojump_clock, seed):
+    origin = origin_with_model()
+    async with open_swarm(seed) as swarm:
+        me = await swarm.add(origin=origin)
+        partial = me.store.partial
+
+        async def faulty(digest, size):
+            raise RecursionError
+
+        me.store.partial = faulty
+        with trio.fail_after(60), pytest.raises(RecursionError):
+            await me.transfer.pull(NAME)
+        me.store.partial = partial
+        with trio.fail_after(60):
+            await me.transfer.pull(NAME)

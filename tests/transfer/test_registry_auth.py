@@ -186,6 +186,12 @@ def test_any_token_answer_gives_a_token_that_fits_a_header_or_is_refused(body):
     assert " " not in token
 
 
+def test_a_token_answer_in_json_without_end_is_not_understood():
+    deep = b'{"x":' + b"[" * 4_000 + b"]" * 4_000 + b"}"
+    with pytest.raises(OriginUnavailable, match="not understood"):
+        read_token(deep, url=REGISTRY)
+
+
 # -- retries ---------------------------------------------------------------------------------
 
 

@@ -449,6 +449,39 @@ async def test_a_refusal_carries_the_registrys_reason(body):
         assert caught.value.status == 400
 
 
+async def test_a_refusal_in_json_without_end_is_a_refusal_without_a_reason():
+    deep = b'{"x":' + b"[" * 4_000 + b"]" * 4_000 + b"}"
+
+    async def answer(asked, stream):
+        await respond(stream, 403, deep)
+
+    async with scripted_server(answer) as server, origin_of(server) as origin:
+        with pytest.raises(OriginRefused, match=r"answered 403$") as caught:
+            await origin.manifest(model_on(server))
+        assert caught.value.status == 403
+
+
+@pytest.mark.parametrize(
+    "retry_after",
+    [
+        "Mon, 01 Jan 2020 00:00:00 +99999999999999999999",
+        "Mon, 01 Jan 2020 00:00:00 +" + "9" * 5_000,
+        "Mon, 01 Jan 99999999999999999999 00:00:00 GMT",
+        "Mon, 01 Jan 0001 00:00:00 +2359",
+        "9" * 5_000,
+        "soon",
+        "",
+    ],
+)
+async def test_a_pause_that_makes_no_sense_is_none(retry_after):
+    async def answer(asked, stream):
+        await respond(stream, 503, headers={"Retry-After": retry_after})
+
+    async with scripted_server(answer) as server, origin_of(server, tries=2) as origin:
+        with pytest.raises(OriginUnavailable, match=r"answered 503 \(tried 2 times\)"):
+            await origin.manifest(model_on(server))
+
+
 # -- redirects ---------------------------------------------------------------------------
 
 
