@@ -17,6 +17,15 @@ class Lie(StrEnum):
     """Ten times what was asked for."""
     NOTHING = "nothing"
     """It says that it holds everything, and sends none of it."""
+    PARTIAL_MAP = "partial map"
+    """A map of other bytes, another one in each conversation, and chunks that match it; it vouches
+    for none of them."""
+    CHOKE = "choke"
+    """It vouches for a map of other bytes, and never lets anybody ask for a chunk."""
+    MAP_SWITCH = "map switch"
+    """It vouches for one map after another."""
+    OTHER_SIZE = "other size"
+    """Its blob is a byte longer."""
 
 
 class FaultKind(StrEnum):

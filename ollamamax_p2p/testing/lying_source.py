@@ -33,6 +33,9 @@ TOO_MUCH = 10
 HonestCopy = Callable[[Digest], Awaitable[tuple[bytes, ChunkMap] | None]]
 """A blob's true bytes and map, or None: a good liar knows the truth."""
 
+_MAP_LIES = (Lie.PARTIAL_MAP, Lie.CHOKE, Lie.MAP_SWITCH, Lie.OTHER_SIZE)
+"""Those that are told with the map, before any chunk is asked for."""
+
 Talk = MessageStream[FromSource, FromFetcher]
 
 
@@ -42,15 +45,15 @@ class LyingSource:
     def __init__(self, lie: Lie, honest_copy: HonestCopy) -> None:
         self.lie = lie
         self.lies = 0
-        """How many chunks, or parts of them, it has lied about so far."""
+        """How many chunks, or parts of them, or maps it has lied about so far."""
         self._honest_copy = honest_copy
-        self._served: dict[Digest, tuple[bytes, ChunkMap]] = {}
+        self._served: dict[Digest, tuple[bytes, ChunkMap]] = {}  # by the digest of the map
 
     async def answer(self, stream: ByteStream) -> None:
         """Serve one fetcher until it has had enough."""
         talk: Talk = MessageStream(stream, sends=source_codec, receives=fetcher_codec)
         session = PeerSession()
-        session.serve(True)
+        session.serve(self.lie is not Lie.CHOKE)
         try:
             while (message := await talk.receive()) is not None:
                 session.received(message)
@@ -62,7 +65,10 @@ class LyingSource:
     async def _take(self, step: Step, session: PeerSession, talk: Talk) -> None:
         match step:
             case LookUp():
-                session.found(step.blob, await self._holding(step.digest))
+                session.found(step.blob, holding := await self._holding(step.digest))
+                if self.lie is Lie.MAP_SWITCH and holding is not None:
+                    session.lost(step.digest)
+                    session.found(step.blob, await self._holding(step.digest))
             case Send():
                 await talk.send(step.message)
             case SendMap():
@@ -71,23 +77,30 @@ class LyingSource:
                 await self._send_part(step, talk)
 
     async def _holding(self, digest: Digest) -> Holding | None:
-        if digest not in self._served:
-            copy = await self._honest_copy(digest)
-            if copy is None:
-                return None
-            data, chunk_map = copy
-            if self.lie in (Lie.WRONG_CHUNK, Lie.WRONG_MAP):
-                data = _spoilt(data, chunk_map)
-            if self.lie is Lie.WRONG_MAP:
-                chunk_map = _map_of(digest, data, chunk_map.lengths)
-            self._served[digest] = (data, chunk_map)
-        return Holding(self._served[digest][1], None)
+        copy = await self._honest_copy(digest)
+        if copy is None:
+            return None
+        data, chunk_map = copy
+        if self.lie in _MAP_LIES:
+            self.lies += 1
+        if self.lie in (Lie.PARTIAL_MAP, Lie.MAP_SWITCH):
+            data = _spoilt(data, chunk_map, bits=self.lies % 255 + 1)
+        elif self.lie in (Lie.WRONG_CHUNK, Lie.WRONG_MAP, Lie.CHOKE):
+            data = _spoilt(data, chunk_map)
+        lengths = chunk_map.lengths
+        if self.lie is Lie.OTHER_SIZE:
+            data, lengths = data + b"?", (*lengths[:-1], lengths[-1] + 1)
+        if self.lie in (Lie.WRONG_MAP, *_MAP_LIES):
+            chunk_map = _map_of(digest, data, lengths)
+        self._served[chunk_map.digest] = (data, chunk_map)
+        partial = self.lie is Lie.PARTIAL_MAP
+        return Holding(chunk_map, set(range(chunk_map.chunk_count)) if partial else None)
 
     async def _send_part(self, step: SendPart, talk: Talk) -> None:
         self.lies += 1
         if self.lie is Lie.NOTHING:
             return
-        data, chunk_map = self._served[step.chunk_map.blob]
+        data, chunk_map = self._served[step.chunk_map.digest]
         await talk.send(_part(step, step.chunk, data, chunk_map))
         if self.lie is Lie.TOO_MUCH:
             for further in range(1, TOO_MUCH):
@@ -112,11 +125,11 @@ def _page(step: SendMap) -> MapPage:
     )
 
 
-def _spoilt(data: bytes, chunk_map: ChunkMap) -> bytes:
-    """One bit is wrong in every chunk."""
+def _spoilt(data: bytes, chunk_map: ChunkMap, *, bits: int = 1) -> bytes:
+    """These bits are wrong in every chunk."""
     spoilt = bytearray(data)
     for offset in chunk_map.offsets:
-        spoilt[offset] ^= 1
+        spoilt[offset] ^= bits
     return bytes(spoilt)
 
 

@@ -9,12 +9,13 @@ of one size, which are written as they come; the whole blob's sha256 then is the
 as a peer tells a map, what is there is verified by it, and the rest is fetched by it.
 """
 
+import contextlib
 import hashlib
 import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 import trio
 
@@ -33,6 +34,7 @@ from ollamamax_p2p.errors import (
     NotFound,
     OmxError,
     OriginTrouble,
+    OriginUnavailable,
     PeerGone,
     PeerMisbehaved,
     WrongChunk,
@@ -50,7 +52,7 @@ from ollamamax_p2p.transfer.core.download import (
     Leave,
     present_chunks,
 )
-from ollamamax_p2p.transfer.core.map_votes import MapVotes
+from ollamamax_p2p.transfer.core.map_votes import REJECTED_MAX, MapVotes
 from ollamamax_p2p.transfer.core.messages import ChunkPart
 from ollamamax_p2p.transfer.origin import Origin
 from ollamamax_p2p.transfer.progress import SourceShare
@@ -86,6 +88,21 @@ FIRST_FINDS_S = (1.0, 2.0)
 
 PATIENCE_S = 600.0
 """A download that has got no byte for this long ends, whatever its sources promise."""
+
+KEPT = "; what is here is kept, the same pull resumes it"
+
+MAP_DRY_S = 300.0
+"""A map by which bytes come, but never a whole chunk, gives way to another after this long. Shorter
+would take a slow link for a liar: sixteen sources' first chunks are up to 256 MiB.
+"""
+
+MAP_LOSS_MAX = 1 / 8
+"""Of the blob: what may be thrown away to try another map. With more here it is better to end, keep
+it and wait for an honest holder than to let a liar's map undo it.
+"""
+
+SUSPECTS_MAX = 8
+"""Maps kept, to be judged by the blob once it is here; each has 36 bytes a chunk."""
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +158,10 @@ class _StartOver(Exception):
     """What is there cannot be trusted: discard it and begin again."""
 
 
+class _MapDisputed(Exception):
+    """An origin's bytes are not what the map says; one of the two is wrong."""
+
+
 class BlobFetch:
     """One blob being fetched."""
 
@@ -153,7 +174,9 @@ class BlobFetch:
         self._services = services
         self._settings = services.settings
         self._offer = offer
-        self._votes = MapVotes()
+        self._votes = MapVotes(services.rng)
+        self._other_sizes: dict[PeerId, int] = {}
+        self._suspects: dict[Digest, tuple[ChunkMap, int]] = {}
         self._failures: dict[PeerId, int] = {}
         self._left: set[PeerId] = set()
         self._origin_failures = 0
@@ -161,7 +184,7 @@ class BlobFetch:
 
     async def run(self) -> None:
         """Until the blob is in the store. Raises NoSources, StoreFull and other LocalTrouble,
-        OriginTrouble, DigestMismatch; what was verified is kept.
+        OriginTrouble, DigestMismatch, and what else an origin raises; what was verified is kept.
         """
         store = self._services.store
         try:
@@ -178,13 +201,32 @@ class BlobFetch:
                 await self._services.providers.withdraw([self.digest])
             raise
         self._services.unfinished.finished(self.digest)
+        await self._judge_suspects()
         await self._services.providers.announce([self.digest])
+
+    def suspect(self, chunk_map: ChunkMap, chunk: int) -> None:
+        """This chunk will tell whether the map lied."""
+        if chunk_map.digest in self._suspects or len(self._suspects) < SUSPECTS_MAX:
+            self._suspects[chunk_map.digest] = (chunk_map, chunk)
+
+    async def _judge_suspects(self) -> None:
+        """The blob is here and right, so a map that it does not match is a lie."""
+        with contextlib.suppress(NotFound, LocalTrouble):  # it will be told when it is read
+            for chunk_map, chunk in self._suspects.values():
+                async with await self._services.store.open(self.digest) as reader:
+                    at, length = chunk_map.offsets[chunk], chunk_map.lengths[chunk]
+                    data = await reader.read_at(at, length)
+                if not await trio.to_thread.run_sync(
+                    chunk_map.matches, chunk, data, limiter=self._services.hashing
+                ):
+                    self._reject(chunk_map.digest)
 
     async def _complete(self, partial: PartialBlob) -> None:
         """Fetch and commit, with one map after another until one proves right."""
         absent = sum(end - start for start, end in partial.missing())
         self.tally.completed = self.size - absent
         while True:
+            self._votes.here = partial.map_digest
             fill = _Fill(self, partial)
             if partial.missing() or self._votes_against(partial):
                 await fill.run()
@@ -207,15 +249,43 @@ class BlobFetch:
         self._services.unfinished.give_up(self.digest)
         if partial.map_digest is None:
             self._discards += 1
-            if self._discards > 1:
+            if self._discards > 1 and not self.believe_maps_again():
                 raise error
             self.tally.note = "what the origin sent was not the blob; fetching it again"
             raise _StartOver
-        for peer in self._votes.reject(partial.map_digest):
+        self._reject(partial.map_digest)
+        if self._votes.exhausted and self._offer is None:
+            problem = f"{REJECTED_MAX} chunk maps that peers told did not make it"
+            raise NoSources(f"blob {short(self.digest)}", problem + self.blamed() + KEPT)
+
+    def _reject(self, map_digest: Digest) -> None:
+        for peer in self._votes.reject(map_digest):
             self.ban(
                 PeerId(peer),
                 WrongMap(peer, f"its chunk map of {self.digest} does not make that blob"),
             )
+
+    def believe_maps_again(self) -> bool:
+        """The origin that contradicted maps is not to be trusted either: go by them, without it.
+        Whether there are any.
+        """
+        if not self._votes.restore():
+            return False
+        self._origin_failures = ORIGIN_FAILURES_MAX
+        return True
+
+    def blamed(self) -> str:
+        """Who is to blame that it fails, as the end of a sentence."""
+        told = ""
+        if banned := len(self.tally.banned):
+            told = f"; {banned} lying peer{'s' if banned > 1 else ''} banned"
+        if self._other_sizes:
+            sizes = ", ".join(map(str, sorted(set(self._other_sizes.values()))[:3]))
+            told += (
+                f"; peers hold it with {sizes} bytes, where the manifest says {self.size}: "
+                "the manifest may be wrong"
+            )
+        return told
 
     def ban(self, peer: PeerId, error: PeerMisbehaved) -> None:
         """It lied."""
@@ -239,6 +309,10 @@ class _Fill:
         self._sessions: dict[PeerId, SourceSession] = {}
         self._opening: set[PeerId] = set()
         self._map: ChunkMap | None = None
+        self._contradicted: int | None = None
+        """A chunk of which an origin says that it is not what the map says."""
+        self._disputed = False
+        """So the map has to go."""
         self._download: Download | None = None
         self._ranges: dict[str, trio.CancelScope] = {}
         self._changed = trio.Event()
@@ -251,6 +325,8 @@ class _Fill:
         """Until nothing is missing. Raises what ends the fetch."""
         now = trio.current_time()
         self._began_at = self._fed_at = self._sourced_at = now
+        self._heard_at = self._verified_at = now  # by the map that we go by now
+        self._gained_bytes = 0  # the same
         self._found_once = False
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -333,7 +409,8 @@ class _Fill:
             session = SourceSession(conversation, self._digest, self._fetch.size, self)
             self._sessions[peer] = session
             await session.run()
-            raise PeerGone(peer)
+            if not session.ended:
+                raise PeerGone(peer)
         finally:
             with trio.CancelScope(shield=True):  # never waits for the peer
                 await conversation.aclose()
@@ -354,10 +431,18 @@ class _Fill:
     def has_offered(self, session: SourceSession) -> None:
         """See Fetcher."""
         assert session.map_digest is not None, "it has just offered it"
-        self._votes.claims(session.peer, session.map_digest, complete=session.complete)
+        if not self._votes.claims(session.peer, session.map_digest, complete=session.complete):
+            self._leave(session.peer, "it has told too many chunk maps")
+            return
         self._changed.set()
         self._enlist(session)
         self._decide()
+
+    def has_another_size(self, session: SourceSession, size: int) -> None:
+        """See Fetcher."""
+        self._fetch._other_sizes[session.peer] = size
+        self._changed.set()
+        self._leave(session.peer, f"it holds {size} bytes, not {self._fetch.size}")
 
     def has_gained(self, session: SourceSession, chunks: list[int]) -> None:
         """See Fetcher."""
@@ -393,6 +478,7 @@ class _Fill:
         if arrival is Arrival.STRAY:
             self._note_bytes()
             return
+        self._heard_at = now
         session.buffers.setdefault(part.chunk, []).append(part.data)
         if arrival is Arrival.WHOLE:
             parts = session.buffers.pop(part.chunk)
@@ -412,12 +498,16 @@ class _Fill:
         if not right:
             download.chunk_wrong(peer, chunk)
             raise WrongChunk(peer, f"chunk {chunk} of {self._digest} is not what its map says")
+        self._votes.supplied(peer, chunk_map.digest)
         if chunk not in download.verified:
             at = chunk_map.offsets[chunk]
             async with self._writing:
+                if download is not self._download:
+                    return  # what is there is verified by another map now
                 for part in parts:
                     await self._partial.write(at, part)
                     at += len(part)
+        self._gained_bytes += chunk_map.lengths[chunk]
         self._fetch._failures.pop(peer, None)
         self._verified(download, peer, chunk)
 
@@ -426,7 +516,7 @@ class _Fill:
         download.chunk_verified(source, chunk, now=now)
         if download is not self._download:
             return  # the map was changed meanwhile, and what is there counted anew
-        self._fed_at = self._sourced_at = now
+        self._fed_at = self._sourced_at = self._heard_at = self._verified_at = now
         if self._map is not None:
             self._services.unfinished.gained(self._digest, chunk)
         self._note_bytes()
@@ -438,17 +528,63 @@ class _Fill:
     # -- maps ----------------------------------------------------------------------------------
 
     async def _choose_map(self) -> None:
-        """Have a map as soon as anybody tells one; then there is nothing left to choose."""
-        while self._map is None:
-            best = self._votes.best()
+        """Have a map as soon as anybody tells one, and another one if nothing comes by it."""
+        while True:
+            if self._disputed:
+                await self._put_map_aside()
+            best = self._map_to_try()
             if best is None:
                 self._changed = trio.Event()
                 await self._changed.wait()
                 continue
-            await self._hear_all()
-            best = self._votes.best()
+            if self._map is None:
+                await self._hear_all()
+                best = self._map_to_try()
             if best is not None:
                 await self._get_map(best)
+
+    def _map_to_try(self) -> Digest | None:
+        """None if the map that we go by serves us, or nobody tells another one."""
+        return self._votes.best() if self._map is None else self._better_map()
+
+    def _better_map(self) -> Digest | None:
+        """Another map, whose sources let us ask them, while those of ours send nothing. One that
+        was left for that reason before has to wait longer each time.
+        """
+        assert self._map is not None, "asked only if there is one"
+        other = self._votes.best(self._other_maps(unchoked=True))
+        if other is None or not self._map_is_silent(periods=1 + self._votes.doubts(other)):
+            return None
+        return other
+
+    def _other_maps(self, *, unchoked: bool = False) -> set[Digest]:
+        """Those that may be tried instead of ours."""
+        ours = self._map.digest if self._map is not None else None
+        if self._gained_bytes > MAP_LOSS_MAX * self._fetch.size:
+            return set()
+        return {
+            session.map_digest
+            for session in self._sessions.values()
+            if session.map_digest is not None
+            and session.map_digest != ours
+            and not (unchoked and session.choked)
+        }
+
+    def _map_is_silent(self, *, periods: int) -> bool:
+        now = trio.current_time()
+        return (
+            now - self._heard_at >= periods * self._settings.stall_timeout_s
+            or now - self._verified_at >= periods * MAP_DRY_S
+        )
+
+    async def _put_map_aside(self) -> None:
+        """The origin contradicts the map: the whole blob's sha256 will tell which of them lies."""
+        self._disputed = False
+        if self._map is not None:
+            self._votes.set_aside(self._map.digest)
+            self._fetch._origin_failures = 0
+            self._tally.note = "peers and the origin disagree about this blob; going by its sha256"
+            await self._adopt(None)
 
     async def _hear_all(self) -> None:
         """Wait a little for the others' first words, that one voice may not decide."""
@@ -465,9 +601,11 @@ class _Fill:
 
     async def _get_map(self, map_digest: Digest) -> None:
         holders = [s for s in self._sessions.values() if s.map_digest == map_digest]
-        session = max(holders, key=lambda s: (s.complete, s.peer), default=None)
-        if session is None:
+        if not holders:
+            await trio.lowlevel.checkpoint()
             return
+        self._services.rng.shuffle(holders)
+        session = max(holders, key=lambda s: s.complete)
         if self._votes.disputed:
             _log.warning("peers disagree about the chunk map of %s", self._digest)
             self._tally.note = "peers disagree about this blob; going with the majority"
@@ -485,32 +623,25 @@ class _Fill:
         if chunk_map is None:
             self._leave(peer, "it did not send its chunk map")
         elif chunk_map.size != self._fetch.size:
-            self._reject(map_digest)
-        else:
+            self._reject(map_digest, peer)
+        elif self._map is None or self._better_map() == map_digest:  # still, after all that time
             await self._adopt(chunk_map)
 
-    def _reject(self, map_digest: Digest) -> None:
-        for peer in self._votes.reject(map_digest):
-            self._ban(PeerId(peer), WrongMap(peer, f"its chunk map of {self._digest} is too long"))
-            self._leave(PeerId(peer), "")
-        for session in list(self._sessions.values()):
-            if session.map_digest == map_digest:
-                self._votes.leaves(session.peer)
+    def _reject(self, map_digest: Digest, teller: PeerId) -> None:
+        """It is not as long as the blob. Who tells the blob's size with it lies, vouching or not:
+        whoever goes by a map has added up its lines.
+        """
+        for liar in dict.fromkeys([teller, *map(PeerId, self._votes.reject(map_digest))]):
+            self._ban(liar, WrongMap(liar, f"its chunk map of {self._digest} has another length"))
+            self._leave(liar, "")
 
-    async def _adopt(self, chunk_map: ChunkMap) -> None:
-        """Go by this map from now on; what is there already is verified by it."""
-        self._note_bytes()
-        self._download = None
-        for scope in self._ranges.values():
-            scope.cancel()
-        try:
-            async with self._writing:
-                await self._partial.use_map(chunk_map)
-        except LocalTrouble as error:
-            self._end(error)
+    async def _adopt(self, chunk_map: ChunkMap | None) -> None:
+        """Go by this map from now on, or by none; what is there already is verified by it."""
+        if not await self._change_map(chunk_map):
             return
-        self._map = chunk_map
-        self._fed_at = trio.current_time()  # hashing what is there may have taken minutes
+        if chunk_map is None:
+            self._begin_without_map()
+            return
         download = self._begin_download(chunk_map.offsets, chunk_map.lengths)
         blob = UnfinishedBlob(chunk_map, self._partial, set(download.verified))
         self._services.unfinished.begin(blob)
@@ -518,6 +649,41 @@ class _Fill:
         for session in list(self._sessions.values()):
             self._enlist(session)
         self._decide()
+
+    async def _change_map(self, chunk_map: ChunkMap | None) -> bool:
+        self._note_bytes()
+        self._download = None
+        self._leave_map()
+        for scope in self._ranges.values():
+            scope.cancel()
+        began = trio.current_time()
+        try:
+            async with self._writing:
+                await self._partial.use_map(chunk_map)
+        except LocalTrouble as error:
+            self._end(error)
+            return False
+        self._map = chunk_map
+        now = trio.current_time()
+        self._fed_at += now - began  # hashing what is there may have taken minutes
+        self._heard_at = self._verified_at = now
+        self._gained_bytes = 0
+        return True
+
+    def _leave_map(self) -> None:
+        """Those who serve under the map that we go by are not asked any more."""
+        if self._map is None:
+            return
+        self._votes.doubt(self._map.digest)
+        if self._contradicted is None:
+            self._contradicted = self._services.rng.randrange(self._map.chunk_count)
+        self._fetch.suspect(self._map, self._contradicted)
+        self._contradicted = None
+        self._services.unfinished.give_up(self._digest)
+        for session in self._sessions.values():
+            if session.map_digest == self._map.digest and session.owes:
+                self._votes.leaves(session.peer)
+                session.end()  # what it may still send was asked for by the old map
 
     def _begin_download(self, offsets: Sequence[int], lengths: Sequence[int]) -> Download:
         download = Download(
@@ -570,9 +736,18 @@ class _Fill:
                 self._enlist(session)
             if self._download is not None:
                 self._download.tick(now=now)
+            self._consider_map()
             self._consider_origin(now)
             self._decide()
             self._consider_giving_up(now)
+
+    def _consider_map(self) -> None:
+        if self._map is None or self._download is None:
+            return
+        if self._contradicted is not None and self._map_is_silent(periods=1):
+            self._disputed = True
+        if self._disputed or self._better_map() is not None:
+            self._changed.set()
 
     def _decide(self) -> None:
         """Do what the download says."""
@@ -666,12 +841,16 @@ class _Fill:
 
     async def _fetch_range(self, download: Download, claim: Claim) -> None:
         """One claim of an origin: its task."""
+        if download is not self._download:
+            return  # the map was changed before the task began
         with trio.CancelScope() as scope:
             self._ranges[claim.source] = scope
             try:
                 await self._read_range(download, claim)
                 self._fetch._origin_failures = 0
-            except (OriginTrouble, NotFound, BadInput, PeerMisbehaved) as error:
+            except _MapDisputed:
+                pass  # who is right will show
+            except (OriginTrouble, NotFound, BadInput) as error:
                 _log.warning("origin of %s: %s", short(self._digest), error)
                 self._tally.note = str(error)
                 self._fetch._origin_failures += 1
@@ -720,13 +899,29 @@ class _Fill:
             right = await trio.to_thread.run_sync(
                 self._map.matches, chunk, data, limiter=self._services.hashing
             )
+            if download is not self._download:
+                return
             if not right:
                 download.chunk_wrong(source, chunk)
-                raise PeerMisbehaved("", f"the origin's bytes of chunk {chunk} are not the blob's")
+                self._dispute(chunk)
         async with self._writing:
             if download is self._download:
                 await self._partial.write(download.offsets[chunk], data)
         self._verified(download, source, chunk)
+
+    def _dispute(self, chunk: int) -> NoReturn:
+        """A map by which no peer has served anything does not outrank an origin. One that has
+        proved useful does, until nothing comes by it any more.
+        """
+        assert self._map is not None, "it is one of the two who disagree"
+        assert self._fetch._offer is not None, "the other"
+        self._contradicted = chunk
+        if self._votes.has_served(self._map.digest):
+            problem = f"what it sent is not what the peers' chunk map says of chunk {chunk}"
+            raise OriginUnavailable(self._fetch._offer.model.host, problem)
+        self._disputed = True
+        self._changed.set()
+        raise _MapDisputed
 
     # -- giving up -----------------------------------------------------------------------------
 
@@ -734,23 +929,22 @@ class _Fill:
         if self._can_go_on():
             self._sourced_at = now
         elif self._origin_error is not None and self._origin_is_left_alone():
-            self._end(self._origin_error)
+            if not self._fetch.believe_maps_again():
+                self._end(self._origin_error)
+            self._changed.set()
         alone_s, hungry_s = now - self._sourced_at, now - self._fed_at
         limit_s = self._settings.give_up_after_s
         if alone_s < limit_s and hungry_s < PATIENCE_S:
             return
-        banned = len(self._tally.banned)
         problem = f"nobody who holds what is missing could be reached for {limit_s:g} s"
         if alone_s < limit_s:
             problem = f"its sources have sent nothing for {PATIENCE_S:g} s"
-        if banned:
-            problem += f"; {banned} lying peer{'s' if banned > 1 else ''} banned"
-        problem += "; what is here is kept, the same pull resumes it"
+        problem += self._fetch.blamed() + KEPT
         self._end(NoSources(f"blob {short(self._digest)}", problem))
 
     def _can_go_on(self) -> bool:
         if self._download is not None:
-            return self._download.can_go_on()
+            return self._download.can_go_on() or self._votes.best(self._other_maps()) is not None
         # A holder may be building its map: the first time, for a large blob, that takes minutes.
         unanswered = any(not session.answered for session in self._sessions.values())
         return unanswered or self._votes.best() is not None

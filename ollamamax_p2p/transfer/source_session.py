@@ -14,6 +14,7 @@ from ollamamax_p2p.errors import OmxError, PeerGone, PeerMisbehaved, WrongMap
 from ollamamax_p2p.identity import PeerId
 from ollamamax_p2p.transfer.carrier import SourceConversation
 from ollamamax_p2p.transfer.core.messages import (
+    ANSWERS_MAX,
     MAP_PAGE_CHUNKS,
     Cancel,
     Choke,
@@ -28,6 +29,7 @@ from ollamamax_p2p.transfer.core.messages import (
     Open,
     Unchoke,
     Want,
+    chunk_count_fits,
 )
 from ollamamax_p2p.transfer.core.peer_session import decode_bits
 
@@ -40,6 +42,11 @@ class Fetcher(Protocol):
 
     def has_offered(self, session: "SourceSession") -> None:
         """The source holds the blob, all or part: `map_digest`, `chunks`, `complete` are set."""
+
+    def has_another_size(self, session: "SourceSession", size: int) -> None:
+        """It holds a blob of that name, but of this size: somebody is wrong, and it may be whoever
+        told us the size.
+        """
 
     def has_gained(self, session: "SourceSession", chunks: list[int]) -> None:
         """It has got these since."""
@@ -77,6 +84,9 @@ class SourceSession:
         self._digest = digest
         self._size = size
         self._fetcher = fetcher
+        self.ended = False
+        """By us."""
+        self._answers = 0
         self._owed_bytes = 0  # asked for and not sent, taken back or not
         self._outbox: deque[FromFetcher] = deque()
         self._posted = trio.Event()
@@ -89,7 +99,13 @@ class SourceSession:
     def end(self) -> None:
         """Have `run` return; nothing more is wanted of the source."""
         self.map_digest = None
+        self.ended = True
         self._scope.cancel()
+
+    @property
+    def owes(self) -> bool:
+        """Whether bytes that it was asked for, and perhaps not any more, may still come."""
+        return self._owed_bytes > 0
 
     def ask(self, chunk: int, length: int) -> None:
         """Ask for a chunk."""
@@ -153,12 +169,14 @@ class SourceSession:
         match message:
             case Have():
                 self._check_number(message.blob)
+                self._count_answer()
                 self._offered(message)
             case HaveMore():
                 self._check_number(message.blob)
                 self._gained(message.chunks)
             case NotHeld():
                 self._check_number(message.blob)
+                self._count_answer()
                 self._has_answered()
                 self.map_digest = None
                 self.buffers.clear()
@@ -178,11 +196,21 @@ class SourceSession:
         if blob != BLOB_NUMBER:
             raise PeerMisbehaved("", f"it speaks of blob {blob}, which was not opened")
 
+    def _count_answer(self) -> None:
+        """No lie, so no ban: it may really be unable to keep what it fetches."""
+        self._answers += 1
+        if self._answers > ANSWERS_MAX:
+            raise PeerGone(self.peer, f"it changed its mind {ANSWERS_MAX} times")
+
     def _offered(self, message: Have) -> None:
-        if message.size != self._size:
-            raise PeerMisbehaved("", f"it gives the blob {message.size} bytes, not {self._size}")
-        if message.chunk_count > message.size:
+        if not chunk_count_fits(message.chunk_count, message.size):
             raise PeerMisbehaved("", f"it cuts {message.size} bytes into {message.chunk_count}")
+        if message.complete and message.chunks:
+            raise PeerMisbehaved("", "it told which chunks it has, of a blob that it has whole")
+        if message.size != self._size:
+            self._has_answered()
+            self._fetcher.has_another_size(self, message.size)
+            return
         if self.map_digest is not None:
             raise PeerMisbehaved("", "it told twice what it has")
         self._has_answered()

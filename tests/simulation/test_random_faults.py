@@ -12,6 +12,7 @@ import trio
 from ollamamax_p2p.errors import ModelNotFound, NetworkTrouble, OmxError
 from ollamamax_p2p.testing import (
     FaultSchedule,
+    Lie,
     NodeDied,
     SimulatedModel,
     SimulatedNode,
@@ -87,4 +88,4 @@ def test_a_schedule_is_the_same_for_the_same_seed_and_keeps_its_promises():
         assert list(schedule.faults) == sorted(schedule.faults, key=lambda fault: fault.at_s)
     seen = {fault.kind for schedule in drawn for fault in schedule.faults}
     assert len(seen) == 5
-    assert len({lie for schedule in drawn for _, lie in schedule.liars}) == 4
+    assert len({lie for schedule in drawn for _, lie in schedule.liars}) == len(Lie)

@@ -181,6 +181,12 @@ async def test_a_pull_across_a_partition_ends_when_it_heals(seed):
             assert await node.holds(model)
 
 
+NOT_PROVED = (Lie.NOTHING, Lie.PARTIAL_MAP, Lie.CHOKE, Lie.OTHER_SIZE)
+"""Lies that need not cost the liar its place: nobody goes by its map, or it may be slow, misled, or
+right.
+"""
+
+
 @pytest.mark.parametrize("lie", Lie)
 async def test_a_liar_does_not_stop_a_pull_that_has_an_honest_source(seed, lie):
     async with open_simulated_swarm(3, seed=seed, settings=SLOW) as swarm:
@@ -191,8 +197,9 @@ async def test_a_liar_does_not_stop_a_pull_that_has_an_honest_source(seed, lie):
         liar.lie(lie)
         report = await me.pull(model)
         assert await me.holds(model)
-        assert liar.liar.lies > 0, "it was asked, or this story tells nothing"
-        if lie is not Lie.NOTHING:
+        asked = liar.liar.lies > 0
+        assert asked or lie is Lie.WRONG_MAP, "chance decides between two maps"
+        if asked and lie not in NOT_PROVED:
             assert report.banned == (liar.host.peer_id,)
             assert "peer.banned" in kinds(me)
         assert honest.host.peer_id not in report.banned
@@ -211,22 +218,24 @@ async def test_liars_in_the_majority_do_not_stop_a_pull_either(seed, lie):
         assert await me.holds(model)
         assert honest.host.peer_id not in report.banned
         assert set(report.banned) <= {liar.host.peer_id for liar in liars}
-        if lie is not Lie.NOTHING:
+        if lie not in NOT_PROVED:
             assert report.banned
 
 
 @pytest.mark.parametrize("lie", Lie)
 async def test_with_only_liars_left_a_pull_ends_with_a_clear_error_and_resumes(seed, lie):
-    async with open_simulated_swarm(3, seed=seed, settings=SLOW) as swarm:
+    """The honest are the majority at first, so that what is kept is right."""
+    async with open_simulated_swarm(4, seed=seed, settings=SLOW) as swarm:
         model = swarm.make_model(bytes_total=8 * MiB)
-        honest, liar, me = swarm.nodes
-        await hold_all(model, honest, liar)
+        honest, other, liar, me = swarm.nodes
+        await hold_all(model, honest, other, liar)
         swarm.trouble()
         liar.lie(lie)
         async with trio.open_nursery() as nursery:
             pull = begin_pull(nursery, me, model)
             await pull.reached(0.4)
             await honest.kill()
+            await other.kill()
             await pull.over()
         assert isinstance(pull.error, NoSources)
         assert not await me.holds(model)

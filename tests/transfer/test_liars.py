@@ -20,6 +20,7 @@ from ollamamax_p2p.transfer.core.messages import (
     Unchoke,
     Want,
 )
+from ollamamax_p2p.transfer.core.peer_session import encode_bits
 from tests.transfer.ram_origin import RamOrigin
 from tests.transfer.swarm import MiB, model_of, open_swarm, some_bytes
 
@@ -155,6 +156,25 @@ class GivesAnotherSize(Liar):
         return super().offer(message, size=self.chunk_map.size + 1)
 
 
+class CutsTooFinely(Liar):
+    def offer(self, message, **changes):
+        return super().offer(message, chunk_count=1000, complete=False, chunks=bytes(125))
+
+
+class TellsBitsOfAWhole(Liar):
+    def offer(self, message, **changes):
+        return super().offer(message, chunks=bytes(2))
+
+
+class Vouches(Liar):
+    """For one map after another."""
+
+    async def have(self, stream, message):
+        for number in range(20_000):
+            await stream.send(self.offer(message, map_digest=number.to_bytes(32, "big")))
+            await stream.send(NotHeld(blob=message.blob))
+
+
 class HasMoreThanThereIs(Liar):
     async def have(self, stream, message):
         await stream.send(self.offer(message, complete=False, chunks=bytes(2)))
@@ -183,10 +203,10 @@ BANNED = [
     SendsUnasked,
     SendsDrops,
     SendsBeyondTheChunk,
-    SendsAnotherMap,
-    SendsShortPages,
     SendsMapsUnasked,
-    GivesAnotherSize,
+    CutsTooFinely,
+    TellsBitsOfAWhole,
+    Vouches,
     HasMoreThanThereIs,
     TellsTooManyBits,
     SpeaksOfAnotherBlob,
@@ -215,6 +235,45 @@ async def test_a_liar_is_named_and_banned_and_the_others_do_the_work(
         assert tally.refetched <= 4 * MiB
         reader = await me.store.open(DIGEST)
         assert await reader.read_at(0, len(DATA)) == DATA
+
+
+@pytest.mark.parametrize("lie", [SendsAnotherMap, SendsShortPages])
+async def test_a_liar_that_sends_another_map_than_it_told_is_banned(autojump_clock, seed, lie):
+    """Alone at first, so that the map is asked of it."""
+    async with trio.open_nursery() as nursery, open_swarm(seed) as swarm:
+        liar = await swarm.add_evil(lie(map_of(DATA, DIGEST)), claims=[DIGEST])
+        me = await swarm.add()
+        done = me.start_fetch(nursery, DATA)
+        await trio.sleep(3)
+        assert list(me.transfer.bans.reasons()) == [liar.peer_id]
+        await swarm.add(holding=[DATA])
+        with trio.fail_after(120):
+            await done.wait()
+
+
+async def test_a_manifest_that_gives_a_wrong_size_costs_no_holder_its_place(autojump_clock, seed):
+    async with open_swarm(seed) as swarm:
+        for _ in range(3):
+            await swarm.add(holding=[DATA])
+        me = await swarm.add()
+        for wrong in (len(DATA) + 1, len(DATA) - 1):
+            told = f"hold it with {len(DATA)} bytes, where the manifest says {wrong}"
+            with trio.fail_after(400), pytest.raises(NoSources, match=told):
+                await me.transfer.fetch(DIGEST, wrong)
+        assert me.transfer.bans.reasons() == {}
+        with trio.fail_after(120):
+            await me.transfer.fetch(DIGEST, len(DATA))
+
+
+async def test_a_peer_that_gives_another_size_is_left_alone(autojump_clock, seed):
+    async with open_swarm(seed) as swarm:
+        await swarm.add_evil(GivesAnotherSize(map_of(DATA, DIGEST)), claims=[DIGEST])
+        honest = await swarm.add(holding=[DATA])
+        me = await swarm.add()
+        with trio.fail_after(120):
+            tally = await me.transfer.fetch(DIGEST, len(DATA))
+        assert list(tally.by_source) == [("peer", honest.id)]
+        assert me.transfer.bans.reasons() == {}
 
 
 async def test_a_banned_peer_is_not_asked_for_the_next_blob(autojump_clock, seed):
@@ -376,3 +435,271 @@ async def test_with_liars_only_the_fetch_ends_by_name_and_nothing_becomes_visibl
         await swarm.add(holding=[DATA])
         with trio.fail_after(120):
             await me.transfer.fetch(DIGEST, len(DATA))
+
+
+# -- maps that nobody vouches for, or by which nothing comes -----------------------------------
+
+
+class HasNewMapEachTime(Liar):
+    """Serves all of it, and as a partial holder vouches for none of it."""
+
+    def __init__(self):
+        self.conversations = 0
+
+    async def __call__(self, stream):
+        self.conversations += 1
+        lies = some_bytes(len(DATA), seed=1000 + self.conversations)
+        await Partial(map_of(lies, DIGEST), lies)(stream)
+
+
+class OnlyOfThisBlob(Liar):
+    async def have(self, stream, message):
+        if message.digest == raw_hash(DIGEST):
+            await super().have(stream, message)
+        else:
+            await stream.send(NotHeld(blob=message.blob))
+
+
+class Partial(OnlyOfThisBlob):
+    def offer(self, message, **changes):
+        count = self.chunk_map.chunk_count
+        return super().offer(message, complete=False, chunks=encode_bits(range(count), count))
+
+
+class Chokes(OnlyOfThisBlob):
+    async def have(self, stream, message):
+        if message.digest != raw_hash(DIGEST):
+            await super().have(stream, message)
+        else:
+            await stream.send(self.offer(message))
+
+
+class ChokesEmpty(Chokes):
+    def offer(self, message, **changes):
+        count = self.chunk_map.chunk_count
+        return super().offer(message, complete=False, chunks=encode_bits([], count))
+
+
+class ServesOneChunk(OnlyOfThisBlob):
+    """The first four are right, and one of them is all that it sends."""
+
+    sent = False
+
+    async def send_chunk(self, stream, message):
+        if message.chunk < 4 and not self.sent:
+            self.sent = True
+            await super().send_chunk(stream, message)
+
+
+LIES = some_bytes(len(DATA), seed=9)
+
+
+def origin_of(data):
+    origin = RamOrigin(data, b"{}")
+    origin.manifests[parse_model_name("some:model").key] = model_of(data, config=b"{}")
+    return origin
+
+
+async def has_it(node):
+    reader = await node.store.open(DIGEST)
+    return await reader.read_at(0, len(DATA)) == DATA
+
+
+@pytest.mark.parametrize("with_origin", [False, True])
+async def test_a_partial_holder_with_a_new_wrong_map_each_time_is_banned(
+    autojump_clock, seed, with_origin
+):
+    liar = HasNewMapEachTime()
+    async with open_swarm(seed) as swarm:
+        evil = await swarm.add_evil(liar, claims=[DIGEST])
+        me = await swarm.add(origin=origin_of(DATA) if with_origin else None)
+        with trio.fail_after(120):
+            if with_origin:
+                report = await me.transfer.pull("some:model")
+                assert report.banned == (evil.peer_id,)
+                assert await has_it(me)
+            else:
+                with pytest.raises(NoSources, match="1 lying peer banned"):
+                    await me.transfer.fetch(DIGEST, len(DATA))
+        assert liar.conversations <= 3  # one of them about the model's config
+
+
+async def test_a_partial_holder_that_was_lied_to_itself_is_not_banned(autojump_clock, seed):
+    """One wrong map that nobody vouches for can come of an honest one."""
+    async with trio.open_nursery() as nursery, open_swarm(seed) as swarm:
+        await swarm.add_evil(Partial(map_of(LIES, DIGEST), LIES), claims=[DIGEST])
+        me = await swarm.add()
+        done = me.start_fetch(nursery, DATA)
+        await trio.sleep(3)
+        await swarm.add(holding=[DATA])
+        with trio.fail_after(120):
+            await done.wait()
+        assert me.transfer.bans.reasons() == {}
+        assert await has_it(me)
+
+
+async def test_many_partial_holders_with_a_wrong_map_each_cost_a_bounded_number_of_blobs(
+    autojump_clock, seed
+):
+    async with open_swarm(seed) as swarm:
+        for number in range(12):
+            lies = some_bytes(len(DATA), seed=100 + number)
+            await swarm.add_evil(Partial(map_of(lies, DIGEST), lies), claims=[DIGEST])
+        me = await swarm.add()
+        with trio.fail_after(120), pytest.raises(NoSources, match="8 chunk maps"):
+            await me.transfer.fetch(DIGEST, len(DATA))
+        assert not await me.store.has(DIGEST)
+        await swarm.add(holding=[DATA])
+        with_origin = await swarm.add(origin=origin_of(DATA))
+        with trio.fail_after(120):
+            report = await with_origin.transfer.pull("some:model")
+        assert report.bytes_fetched <= 9 * len(DATA) + 2
+        assert await has_it(with_origin)
+
+
+@pytest.mark.parametrize("lie", [Chokes, ChokesEmpty])
+async def test_a_silent_liar_with_a_wrong_map_does_not_turn_the_origin_down(
+    autojump_clock, seed, lie
+):
+    origin = origin_of(DATA)
+    async with open_swarm(seed) as swarm:
+        evil = await swarm.add_evil(lie(map_of(LIES, DIGEST), LIES), claims=[DIGEST])
+        me = await swarm.add(origin=origin)
+        with trio.fail_after(60):
+            report = await me.transfer.pull("some:model")
+        assert report.banned == ((evil.peer_id,) if lie is Chokes else ())  # if it vouched
+        assert origin.bytes_sent < 1.5 * len(DATA)
+        assert await has_it(me)
+
+
+async def test_a_liar_that_serves_a_little_first_does_not_turn_the_origin_down(
+    autojump_clock, seed
+):
+    mixed = DATA[: 4 * MiB] + LIES[4 * MiB :]
+    async with open_swarm(seed) as swarm:
+        evil = await swarm.add_evil(ServesOneChunk(map_of(mixed, DIGEST), mixed), claims=[DIGEST])
+        me = await swarm.add(origin=origin_of(DATA))
+        with trio.fail_after(300):
+            report = await me.transfer.pull("some:model")
+        assert report.banned == (evil.peer_id,)
+        assert await has_it(me)
+
+
+async def test_an_origin_that_contradicts_an_honest_map_loses(autojump_clock, seed):
+    """It lies from the first byte on, before the honest holder has a slot for us."""
+    origin = origin_of(DATA)
+    origin.blobs[DIGEST] = LIES
+
+    class Late(OnlyOfThisBlob):
+        async def have(self, stream, message):
+            if message.digest == raw_hash(DIGEST):
+                await stream.send(self.offer(message))
+                await trio.sleep(2)
+                await stream.send(Unchoke())
+            else:
+                await super().have(stream, message)
+
+    async with open_swarm(seed) as swarm:
+        await swarm.add_evil(Late(map_of(DATA, DIGEST)), claims=[DIGEST])
+        me = await swarm.add(origin=origin)
+        with trio.fail_after(120):
+            report = await me.transfer.pull("some:model")
+        assert report.banned == ()
+        assert await has_it(me)
+
+
+@pytest.mark.parametrize("lie", [Chokes, SendsNothing])
+async def test_silent_liars_in_the_majority_do_not_keep_an_honest_holder_unused(
+    autojump_clock, seed, lie
+):
+    async with open_swarm(seed) as swarm:
+        liars = [
+            await swarm.add_evil(lie(map_of(LIES, DIGEST), LIES), claims=[DIGEST]) for _ in range(2)
+        ]
+        honest = await swarm.add(holding=[DATA])
+        me = await swarm.add()
+        with trio.fail_after(60):
+            tally = await me.transfer.fetch(DIGEST, len(DATA))
+        assert tally.by_source == {("peer", honest.id): len(DATA)}
+        assert set(tally.banned) == {liar.peer_id for liar in liars}, "the blob proves it"
+
+
+async def test_a_liar_does_not_undo_what_honest_peers_have_sent(autojump_clock, seed):
+    """The honest holder goes when half is here; the liar's map would throw it all away."""
+    async with trio.open_nursery() as nursery, open_swarm(seed) as swarm:
+        honest = await swarm.add(holding=[DATA], upload_bytes_s=MiB)
+        me = await swarm.add()
+
+        async def fetch():
+            with pytest.raises(NoSources):
+                await me.transfer.fetch(DIGEST, len(DATA))
+
+        nursery.start_soon(fetch)
+        await trio.sleep(7)
+        await swarm.add_evil(Liar(map_of(LIES, DIGEST), LIES), claims=[DIGEST])
+        swarm.network.kill(honest.host)
+        await trio.sleep(200)
+        swarm.network.revive(honest.host)
+        for _ in range(2):
+            await swarm.add(holding=[DATA])
+        with trio.fail_after(120):
+            tally = await me.transfer.fetch(DIGEST, len(DATA))
+        assert tally.fetched <= len(DATA) - 5 * MiB
+        assert await has_it(me)
+
+
+async def test_a_slow_honest_majority_is_not_left_for_a_liar_that_would_serve(autojump_clock, seed):
+    """A chunk takes longer than a stall's timeout, but its parts keep coming."""
+    async with open_swarm(seed) as swarm:
+        liar = await swarm.add_evil(Liar(map_of(LIES, DIGEST), LIES), claims=[DIGEST])
+        for _ in range(2):
+            await swarm.add(holding=[DATA], upload_bytes_s=MiB / 40)
+        me = await swarm.add()
+        with trio.fail_after(1200):
+            tally = await me.transfer.fetch(DIGEST, len(DATA))
+        assert ("peer", liar.peer_id) not in tally.by_source
+        assert tally.banned == {}
+
+
+class ChangesItsMind(Liar):
+    """Tells and takes back the same map, for ever."""
+
+    conversations = 0
+
+    async def have(self, stream, message):
+        self.conversations += 1
+        while True:
+            await stream.send(self.offer(message))
+            await stream.send(NotHeld(blob=message.blob))
+
+
+async def test_a_peer_that_changes_its_mind_for_ever_is_left_alone(autojump_clock, seed):
+    async with open_swarm(seed) as swarm:
+        liar = ChangesItsMind(map_of(LIES, DIGEST))
+        await swarm.add_evil(liar, claims=[DIGEST])
+        await swarm.add(holding=[DATA], upload_bytes_s=MiB / 8)
+        me = await swarm.add()
+        with trio.fail_after(400):
+            await me.transfer.fetch(DIGEST, len(DATA))
+        assert liar.conversations == 5
+        assert me.transfer.bans.reasons() == {}
+
+
+async def test_a_partial_holder_may_tell_a_few_maps_only(autojump_clock, seed):
+    class TellsMany(Liar):
+        async def have(self, stream, message):
+            for number in range(20):
+                raw = number.to_bytes(32, "big")
+                bits = encode_bits([], self.chunk_map.chunk_count)
+                await stream.send(self.offer(message, map_digest=raw, complete=False, chunks=bits))
+                await stream.send(NotHeld(blob=message.blob))
+
+    async with open_swarm(seed) as swarm:
+        liar = await swarm.add_evil(TellsMany(map_of(LIES, DIGEST)), claims=[DIGEST])
+        await swarm.add(holding=[DATA])
+        me = await swarm.add()
+        async with trio.open_nursery() as nursery:
+            done = me.start_fetch(nursery, DATA)
+            with trio.fail_after(120):
+                await done.wait()
+        assert liar.peer_id not in me.transfer.bans

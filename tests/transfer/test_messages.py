@@ -1,10 +1,13 @@
 """What arrives on a transfer stream is a message or MalformedMessage, whatever it is."""
 
+from itertools import accumulate
+
 import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ollamamax_p2p.content.core.chunking import cut
 from ollamamax_p2p.errors import MalformedMessage
 from ollamamax_p2p.transfer.core.messages import (
     HAVE_MORE_CHUNKS_MAX,
@@ -22,9 +25,12 @@ from ollamamax_p2p.transfer.core.messages import (
     Open,
     Unchoke,
     Want,
+    chunk_count_fits,
     fetcher_codec,
     source_codec,
 )
+
+MiB = 1024 * 1024
 
 FROM_FETCHER = [
     Open(blob=0, digest=bytes(32)),
@@ -105,3 +111,23 @@ def test_any_bytes_are_a_message_or_malformed(data):
         except MalformedMessage:
             continue
         assert codec.decode(codec.encode(message)) == message
+
+
+@given(st.integers(0, 64 * MiB), st.lists(st.integers(1, 3 * MiB), max_size=60))
+def test_every_cut_of_a_blob_has_a_count_that_fits_its_size(header, tensors):
+    bounds = list(accumulate([header, *tensors]))
+    lengths = cut(bounds[-1], bounds[:-1])
+    assert chunk_count_fits(len(lengths), bounds[-1])
+
+
+def test_the_finest_cut_fits_and_a_finer_one_does_not():
+    """Tensors of one byte between those that are halved."""
+    tensors = [1, MiB + 1] * 50
+    size = sum(tensors)
+    lengths = cut(size, list(accumulate(tensors))[:-1])
+    assert len(lengths) > 2 * size / MiB + 2
+    assert chunk_count_fits(len(lengths), size)
+    assert not chunk_count_fits(len(lengths) + 5, size)
+    assert not chunk_count_fits(1_000_000, 1_000_000)
+    assert not chunk_count_fits(0, 1)
+    assert not chunk_count_fits(1, 0)

@@ -11,7 +11,7 @@ from ollamamax_p2p.content.core.chunk_map import ChunkMap
 from ollamamax_p2p.content.core.digest import digest_of, raw_hash
 from ollamamax_p2p.errors import PeerMisbehaved
 from ollamamax_p2p.transfer.core.chunk_selection import UnaskedChunks
-from ollamamax_p2p.transfer.core.map_votes import MapVotes
+from ollamamax_p2p.transfer.core.map_votes import MAPS_PER_PEER_MAX, REJECTED_MAX, MapVotes
 from ollamamax_p2p.transfer.core.messages import (
     OPEN_BLOBS_MAX,
     PART_BYTES,
@@ -266,7 +266,7 @@ def test_slots_are_shared_evenly(peers, slots, seconds):
 
 def test_the_map_that_most_complete_holders_vouch_for_is_tried_first():
     one, two = digest_of(b"1"), digest_of(b"2")
-    votes = MapVotes()
+    votes = MapVotes(random.Random(0))
     assert votes.best() is None
     for peer in "abc":
         votes.claims(peer, one, complete=False)
@@ -281,7 +281,7 @@ def test_the_map_that_most_complete_holders_vouch_for_is_tried_first():
 
 def test_a_rejected_map_is_not_tried_again_and_its_vouchers_are_named():
     one, two = sorted([digest_of(b"1"), digest_of(b"2")])
-    votes = MapVotes()
+    votes = MapVotes(random.Random(0))
     votes.claims("a", one, complete=True)
     votes.claims("b", two, complete=True)
     votes.claims("victim", two, complete=False)
@@ -292,6 +292,72 @@ def test_a_rejected_map_is_not_tried_again_and_its_vouchers_are_named():
     assert votes.is_rejected(two)
     assert votes.best() == one
     assert votes.reject(digest_of(b"3")) == []
+
+
+def test_a_peer_that_vouches_for_a_second_map_misbehaves():
+    votes = MapVotes(random.Random(0))
+    votes.claims("a", digest_of(b"1"), complete=False)
+    votes.claims("a", digest_of(b"2"), complete=True)
+    votes.claims("a", digest_of(b"2"), complete=True)
+    with pytest.raises(PeerMisbehaved, match="two chunk maps"):
+        votes.claims("a", digest_of(b"3"), complete=True)
+
+
+def test_of_maps_without_a_voucher_the_second_wrong_one_blames_its_suppliers():
+    votes = MapVotes(random.Random(0))
+    one, two, vouched = digest_of(b"1"), digest_of(b"2"), digest_of(b"3")
+    for digest in (one, vouched, two):
+        votes.supplied("a", digest)
+    votes.claims("b", vouched, complete=True)
+    assert votes.reject(one) == []
+    assert votes.reject(one) == []
+    assert votes.reject(vouched) == ["b"]
+    assert votes.reject(two) == ["a"]
+
+
+def test_a_peer_may_tell_a_few_maps_and_a_fetch_believe_a_few_wrong_ones():
+    votes = MapVotes(random.Random(0))
+    maps = [digest_of(bytes([number])) for number in range(REJECTED_MAX + 1)]
+    told = [votes.claims("a", digest, complete=False) for digest in maps]
+    assert told == [True] * MAPS_PER_PEER_MAX + [False] * (len(maps) - MAPS_PER_PEER_MAX)
+    for number, digest in enumerate(maps):
+        votes.claims(f"b{number}", digest, complete=True)
+    for digest in maps[:-1]:
+        assert not votes.exhausted
+        votes.reject(digest)
+    assert votes.exhausted
+    assert votes.best() is None
+
+
+def test_a_map_by_which_nothing_came_and_one_put_aside_wait_behind_the_others():
+    votes = MapVotes(random.Random(0))
+    one, two = digest_of(b"1"), digest_of(b"2")
+    votes.claims("a", one, complete=True)
+    votes.claims("b", one, complete=True)
+    votes.claims("c", two, complete=False)
+    votes.doubt(one)
+    assert votes.best() == two
+    assert votes.best({one}) == one
+    votes.set_aside(two)
+    assert votes.best() == one
+    assert votes.restore()
+    assert not votes.restore()
+    assert votes.best() == two
+
+
+def test_a_liar_cannot_win_a_tie_by_the_digest_it_chooses():
+    one, two = digest_of(b"1"), digest_of(b"2")
+    winners = set()
+    for seed in range(20):
+        votes = MapVotes(random.Random(seed))
+        votes.claims("a", one, complete=True)
+        votes.claims("b", two, complete=True)
+        winners.add(votes.best())
+    assert winners == {one, two}
+    votes.here = one
+    assert votes.best() == one
+    votes.here = two
+    assert votes.best() == two
 
 
 # -- selection ---------------------------------------------------------------------------------

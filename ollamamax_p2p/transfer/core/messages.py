@@ -10,7 +10,11 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from ollamamax_p2p.content.core.chunk_map import CHUNK_BYTES_MAX, CHUNK_COUNT_MAX
+from ollamamax_p2p.content.core.chunk_map import (
+    CHUNK_BYTES_MAX,
+    CHUNK_BYTES_MIN,
+    CHUNK_COUNT_MAX,
+)
 from ollamamax_p2p.wire import Codec, Message
 
 PART_BYTES = 1024 * 1024
@@ -31,6 +35,11 @@ MESSAGE_BYTES_MAX = PART_BYTES + 4_096
 
 OPEN_BLOBS_MAX = 256
 """How many blobs one stream may have open; a model has a handful."""
+
+ANSWERS_MAX = 64
+"""`Have` and `NotHeld` in one conversation. A source that begins to fetch a blob, gives up and
+begins again says both each time.
+"""
 
 BlobNumber = Annotated[int, Meta(ge=0, lt=2**32)]
 ChunkIndex = Annotated[int, Meta(ge=0, lt=CHUNK_COUNT_MAX)]
@@ -131,3 +140,13 @@ FromSource = Have | HaveMore | NotHeld | MapPage | ChunkPart | Choke | Unchoke
 
 fetcher_codec: Codec[FromFetcher] = Codec(FromFetcher, max_bytes=4_096)
 source_codec: Codec[FromSource] = Codec(FromSource, max_bytes=MESSAGE_BYTES_MAX)
+
+
+def chunk_count_fits(count: int, size: int) -> bool:
+    """Whether `chunking.cut` can cut so many bytes into so many chunks, wherever tensors begin.
+
+    It cuts most finely where small tensors alternate with ones of a byte over CHUNK_BYTES_MIN: the
+    small one is a chunk, the large one is halved. One more each may come of the header and the end.
+    """
+    most = min(size, 3 * size // CHUNK_BYTES_MIN + 2)
+    return size <= count * CHUNK_BYTES_MAX and count <= most
