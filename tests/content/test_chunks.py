@@ -127,7 +127,8 @@ def test_chunks_cover_the_blob_and_keep_their_limits(size, bounds):
     assert all(1 <= length <= CHUNK_BYTES_MAX for length in lengths)
     assert cut(size, bounds) == lengths
     # Two neighbours of packed small tensors would have been one chunk if they fitted.
-    assert len(lengths) <= 2 * size // CHUNK_BYTES_MIN + 3
+    # At worst a chunk of 1 MiB brings a remainder and a small neighbour that do not fit together.
+    assert len(lengths) <= 3 * size // CHUNK_BYTES_MIN + 3
 
 
 @settings(deadline=None)

@@ -37,7 +37,7 @@ const address = multiaddr(process.argv[2])
 const identifying = new Promise(resolve => { // it asks by itself when it connects
   node.addEventListener('peer:identify', event => { resolve(event.detail) }, { once: true })
 })
-const connection = await node.dial(address, { signal: AbortSignal.timeout(10_000) })
+const connection = await node.dial(address, { signal: AbortSignal.timeout(60_000) })
 const pingMs = await node.services.ping.ping(connection.remotePeer)
 const identified = await identifying
 
