@@ -383,7 +383,8 @@ class SimulatedSwarm:
             await node.revive()
 
     async def play(self, schedule: FaultSchedule) -> None:
-        """Let everything happen as drawn; returns when the last fault has passed.
+        """Let everything happen as drawn; returns when the schedule is over, even if its last fault
+        would have hit a node that was down and so did not happen.
 
         Its liars begin to lie at once.
         """
@@ -395,6 +396,7 @@ class SimulatedSwarm:
             for fault in schedule.faults:
                 await trio.sleep_until(begun_at + fault.at_s)
                 nursery.start_soon(self._inflict, fault)
+            await trio.sleep_until(begun_at + schedule.over_at_s)
 
     async def _inflict(self, fault: Fault) -> None:
         nodes = [self.nodes[number] for number in fault.nodes]

@@ -47,14 +47,14 @@ const node = await step('starting', createLibp2p({
   // for nothing of this is tried a second time.
   connectionManager: {
     dialTimeout: BUDGET_MS,
-    outboundUpgradeTimeout: BUDGET_MS,
+    addressDialTimeout: BUDGET_MS,
     outboundStreamProtocolNegotiationTimeout: BUDGET_MS,
     inboundStreamProtocolNegotiationTimeout: BUDGET_MS
   },
   connectionMonitor: { enabled: false }, // it pings too, and aborts a connection slow to answer
   services: {
     identify: identify({ timeout: BUDGET_MS, runOnConnectionOpen: false }),
-    ping: ping({ maxOutboundStreams: 2, timeout: BUDGET_MS }), // the one before may be closing still
+    ping: ping({ maxOutboundStreams: 2, timeout: BUDGET_MS }), // the last may be closing
     dht: kadDHT({
       protocol: KADEMLIA,
       peerInfoMapper: passthroughMapper, // else it drops loopback addresses
