@@ -16,11 +16,14 @@
     ├── NotFound
     │   ├── ModelNotFound            no manifest of that name
     │   ├── BlobNotFound             no blob of that digest
-    │   └── PeerNotFound             no address is known for that peer
+    │   ├── PeerNotFound             no address is known for that peer
+    │   └── HistoryGone              commands that are no longer kept one by one
     ├── LocalTrouble                 this machine must be mended first
     │   ├── StoreFull                not enough room on the disk
     │   ├── StoreReadOnly            the model store cannot be written
     │   ├── StoreDamaged             what is on disk is not what was written
+    │   │   └── LogDamaged           an acknowledged part of the Raft log cannot be read
+    │   ├── LogSyncFailed            the disk lost a write; the process must end
     │   ├── AccessRefused            the operating system said no to a path
     │   ├── KeyExposed               a secret file that others can read
     │   ├── PortInUse                an address that another program holds
@@ -32,6 +35,10 @@
     │   ├── NotAdmitted              the peer does not take us for a member
     │   ├── DeadlineExceeded         it took longer than it was given
     │   ├── NoSources                nobody who can be reached holds the rest
+    │   ├── NotLeader                another replica leads, or none is known
+    │   ├── QuorumLost               too few voters answer to agree on anything
+    │   ├── ProposalDropped          a command was not taken, and is not in the log
+    │   ├── OutcomeUnknown           a command may have been applied, or may yet be
     │   └── OriginTrouble            a registry could not be used
     │       ├── OriginUnavailable    it did not answer, or not sensibly
     │       └── OriginRefused        it answered no
@@ -242,6 +249,18 @@ class PeerNotFound(NotFound):
         self.peer = peer
 
 
+class HistoryGone(NotFound):
+    """Commands that somebody wants to follow are no longer kept one by one."""
+
+    def __init__(self, index: int, first: int) -> None:
+        """index: the one wanted; first: the first that is kept."""
+        super().__init__(
+            f"the commands from {index} on are not kept, the first is {first}; "
+            "read the state and follow from there"
+        )
+        self.index, self.first = index, first
+
+
 # -- this machine ------------------------------------------------------------------------------
 
 
@@ -278,6 +297,26 @@ class StoreDamaged(LocalTrouble):
     def __init__(self, path: str, problem: str) -> None:
         """path: the file; problem: what is wrong with it and what to do."""
         super().__init__(f"{path}: {problem}")
+        self.path = path
+
+
+class LogDamaged(StoreDamaged):
+    """Something that was acknowledged cannot be read back from the Raft log; it is never cut off.
+
+    The runbook is docs/runbooks/damaged-wal.md.
+    """
+
+
+class LogSyncFailed(LocalTrouble):
+    """A write could not be made durable, and nobody knows how much of it was.
+
+    Never tried again: after a failed fsync the system may call lost pages clean. The process ends,
+    and reads back at its next start what is really there.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        """path: the file; problem: what the operating system said."""
+        super().__init__(f"cannot make {path} durable: {problem}; check the disk, then start again")
         self.path = path
 
 
@@ -384,6 +423,46 @@ class NoSources(NetworkTrouble):
         """what: model or blob; problem: who was asked, and that what is there is kept."""
         super().__init__(f"no source for {what}: {problem}")
         self.what = what
+
+
+class NotLeader(NetworkTrouble):
+    """Only the leader can do this, and it is another replica, or none is known."""
+
+    def __init__(self, leader: str) -> None:
+        """leader: who leads, as far as is known; "" if nobody is known to."""
+        where = f"{leader} is" if leader else "none is known now, try again in a second"
+        super().__init__(f"this node does not lead the cluster; {where}")
+        self.leader = leader
+
+
+class QuorumLost(NetworkTrouble):
+    """Too few voters answer, so that nothing can be agreed on."""
+
+    def __init__(self, problem: str) -> None:
+        """problem: how many of how many voters answer, as far as is known."""
+        super().__init__(
+            f"the cluster cannot agree on anything now: {problem}; start the missing voters, "
+            "or see `omx cluster status`"
+        )
+
+
+class ProposalDropped(NetworkTrouble):
+    """A command was not taken: it is not in the log and will not be, so it may be tried again."""
+
+    def __init__(self, reason: str) -> None:
+        """reason: what it met."""
+        super().__init__(f"the command was not taken: {reason}; nothing has changed, try again")
+
+
+class OutcomeUnknown(NetworkTrouble):
+    """A command may have been applied, may yet be, or may be lost: look before trying again."""
+
+    def __init__(self, reason: str) -> None:
+        """reason: why nobody knows."""
+        super().__init__(
+            f"nobody knows whether the command takes effect: {reason}; look, then try again"
+        )
+        self.reason = reason
 
 
 class OriginTrouble(NetworkTrouble):

@@ -20,6 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="COUNT",
         help="run tests marked with seeds(...) with the seeds 0 to COUNT - 1",
     )
+    group.addoption(
+        "--raft-transcripts",
+        default="",
+        metavar="DIR",
+        help="run every text transcript of etcd's raft below this folder (tests/consensus)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,6 +6,7 @@ in `core/`, the front door for them: names, digests, manifests, chunk maps, file
 blobs is left to `transfer`.
 """
 
+from ollamamax_p2p.content import durable_files
 from ollamamax_p2p.content.blob_store import BlobReader, BlobStore, PartialBlob, StoredModel
 from ollamamax_p2p.content.disk_store import DiskStore, open_disk_store
 from ollamamax_p2p.content.model_creation import ResolveModel, create_model, import_model
@@ -31,6 +32,7 @@ __all__ = [
     "StoredModel",
     "create_model",
     "describe_model",
+    "durable_files",
     "import_model",
     "open_disk_store",
     "read_model",

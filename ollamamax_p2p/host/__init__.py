@@ -7,6 +7,7 @@ first use, because py-libp2p takes two seconds to import.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ollamamax_p2p.host.member_gate import ROSTER_MAX, Admission, MemberGate
 from ollamamax_p2p.host.message_stream import MessageStream
 from ollamamax_p2p.host.peer_host import (
     ByteStream,
@@ -35,12 +36,15 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ROSTER_MAX",
+    "Admission",
     "ByteStream",
     "Connection",
     "Connections",
     "HostSettings",
     "Libp2pHost",
     "LinkConditions",
+    "MemberGate",
     "MessageStream",
     "Partition",
     "PeerEvent",

@@ -44,6 +44,7 @@ from ollamamax_p2p.host.join_messages import (
     AGENT_CHARS_MAX,
     BUSY,
     FULL,
+    NO_QUORUM,
     NOT_A_MEMBER,
     OTHER_SWARM,
     OWN_ADDRESSES_MAX,
@@ -64,6 +65,7 @@ from ollamamax_p2p.host.join_messages import (
     error_of,
     refusal_of,
 )
+from ollamamax_p2p.host.member_gate import Admission, MemberGate
 from ollamamax_p2p.host.message_stream import MessageStream
 from ollamamax_p2p.host.peer_host import ByteStream, Connection, PeerHost
 from ollamamax_p2p.host.settings import HostSettings
@@ -75,6 +77,7 @@ from ollamamax_p2p.identity import (
     Ticket,
     iso_time,
     parse_address,
+    parse_peer_id,
 )
 from ollamamax_p2p.observability import Event, EventFeed
 from ollamamax_p2p.wire import protocol_ids
@@ -137,6 +140,8 @@ class Redeemed:
     issuer: PeerId
     peers: tuple[Address, ...]
     """Members to reach once the grant is saved, the issuer first."""
+    admission: Admission | None = None
+    """None where members are not agreed on."""
 
 
 @asynccontextmanager
@@ -150,6 +155,7 @@ async def open_connections(
     agent: str,
     wall_clock: Callable[[], float],
     on_addresses: Callable[[Sequence[Address]], None] | None = None,
+    gate: MemberGate | None = None,
 ) -> AsyncIterator["Connections"]:
     """Answer the join protocol and watch over links for as long as the block is open.
 
@@ -157,6 +163,7 @@ async def open_connections(
     agent: what we tell peers that we run; cut at 128 characters.
     wall_clock: Unix seconds, for tickets and events.
     on_addresses: called with members' addresses that a member told; may repeat itself.
+    gate: who is a member; None where that is whoever holds the swarm's secrets.
 
     The end of the block says goodbye and leaves the connections to the host.
     """
@@ -171,6 +178,7 @@ async def open_connections(
             agent=agent,
             wall_clock=wall_clock,
             on_addresses=on_addresses,
+            gate=gate,
         )
         host.set_handler(protocol_ids.JOIN, connections._answer, for_strangers=True)
         watching = trio.Event()
@@ -239,6 +247,7 @@ class Connections:
         agent: str,
         wall_clock: Callable[[], float],
         on_addresses: Callable[[Sequence[Address]], None] | None,
+        gate: MemberGate | None = None,
     ) -> None:
         self._host = host
         self._membership = membership
@@ -249,6 +258,7 @@ class Connections:
         self._agent = agent[:AGENT_CHARS_MAX]
         self._wall_clock = wall_clock
         self._on_addresses = on_addresses
+        self._gate = gate
         self._links: dict[PeerId, _Link] = {}
         self._strangers: OrderedDict[PeerId, _Stranger] = OrderedDict()
         self._kept: dict[PeerId, _Kept] = {}
@@ -413,7 +423,7 @@ class Connections:
     async def _await_proof(self, peer: PeerId, stranger: _Stranger) -> None:
         """Drop a stranger whose time is over."""
         with stranger.waiting:
-            while trio.current_time() < stranger.deadline:  # noqa: ASYNC110 - it may be moved
+            while trio.current_time() < stranger.deadline:
                 await trio.sleep_until(stranger.deadline)
             _log.info("dropping %s: it did not prove that it is a member", peer)
             self._strangers.pop(peer, None)
@@ -473,7 +483,8 @@ class Connections:
         talk = await self._open_talk(peer)
         try:
             welcome = await self._ask(talk, self._hello(membership), Welcome)
-            if not _is_member(membership, peer, welcome.swarm_id, welcome.credential):
+            proved = _is_member(membership, peer, welcome.swarm_id, welcome.credential)
+            if not proved or not self._lets_in(peer):
                 await talk.send(Refused(reason=NOT_A_MEMBER))
                 raise PeerUnreachable(peer, "who answers there is no member of this swarm")
             self._host.admit(peer)
@@ -501,6 +512,7 @@ class Connections:
                     Grant(granted.swarm_id, granted.member_key),
                     peer,
                     tuple(dict.fromkeys([*addresses, *told])),
+                    _admission(peer, granted),
                 )
 
     @asynccontextmanager
@@ -645,9 +657,23 @@ class Connections:
             return OTHER_SWARM
         if not membership.is_open and not membership.is_credential(peer, hello.credential):
             return NOT_A_MEMBER
+        if not self._lets_in(peer):
+            return NOT_A_MEMBER
         if peer not in self._links and len(self._links) >= self._settings.connections_max:
             return FULL
         return ""
+
+    def _lets_in(self, peer: PeerId) -> bool:
+        return self._gate is None or self._gate.is_member(peer)
+
+    def expel(self, peer: PeerId) -> None:
+        """Let the peer in no more, and end its link now. The gate says no to it from here on."""
+        self.forget(peer)
+        self._host.expel(peer)
+        link = self._links.get(peer)
+        if link is not None:
+            self._end(link, "it is a member no more")
+        self._part(peer)
 
     async def _answer_redeem(
         self, talk: MessageStream[FromAnswerer, FromDialler], request: Redeem
@@ -668,7 +694,11 @@ class Connections:
         try:
             if membership is None or request.swarm_id != membership.swarm_id:
                 raise TicketUnknown
-            grant = await self._redeem_on_disk(membership, request.secret, peer)
+            if self._gate is not None:
+                return self._granted(
+                    membership, peer, await self._gate.redeem(request.secret, peer)
+                )
+            await self._redeem_on_disk(membership, request.secret, peer)
         except BadTicket as error:
             now = trio.current_time()
             if not self._refusals.room_for(peer, now=now):
@@ -680,10 +710,21 @@ class Connections:
         except LocalTrouble as error:
             _log.error("cannot admit peer %s: %s", peer, error)
             return Refused(reason=TROUBLE)
+        except NetworkTrouble as error:
+            _log.warning("cannot admit peer %s now: %s", peer, error)
+            return Refused(reason=NO_QUORUM)
+        return self._granted(membership, peer, None)
+
+    def _granted(
+        self, membership: Membership, peer: PeerId, admission: Admission | None
+    ) -> Granted:
+        grant = membership.grant()
         return Granted(
             swarm_id=grant.swarm_id,
             member_key=grant.member_key,
             peers=self._addresses_to_tell(peer),
+            raft_id=admission.raft_id if admission else 0,
+            roster=tuple(admission.roster) if admission else (),
         )
 
     async def _redeem_on_disk(self, membership: Membership, secret: bytes, peer: PeerId) -> Grant:
@@ -790,7 +831,7 @@ class Connections:
 
     async def _notice_silence(self, link: _Link) -> None:
         timeout_s = self._settings.heartbeat_timeout_s
-        while trio.current_time() < link.heard_at + timeout_s:  # noqa: ASYNC110 - it is moved
+        while trio.current_time() < link.heard_at + timeout_s:
             await trio.sleep_until(link.heard_at + timeout_s)
         self._end(link, f"silent for {timeout_s:g} s")
 
@@ -970,6 +1011,16 @@ def backoff_s(failures: int, settings: HostSettings, rng: random.Random) -> floa
 def _is_member(membership: Membership, peer: PeerId, swarm_id: bytes, credential: bytes) -> bool:
     same = swarm_id == membership.swarm_id
     return same and (membership.is_open or membership.is_credential(peer, credential))
+
+
+def _admission(issuer: PeerId, granted: Granted) -> Admission | None:
+    if not granted.raft_id:
+        return None
+    try:
+        roster = tuple((parse_peer_id(text), number) for text, number in granted.roster)
+    except BadPeerId:
+        raise MalformedMessage(issuer, "its roster names what is no peer id") from None
+    return Admission(granted.raft_id, roster)
 
 
 async def _dismiss(link: _Link, goodbye: Goodbye) -> None:

@@ -18,6 +18,7 @@ from ollamamax_p2p.errors import (
     TicketUnknown,
     TicketUsedUp,
 )
+from ollamamax_p2p.host.member_gate import ROSTER_MAX
 from ollamamax_p2p.identity import PeerId, iso_time
 from ollamamax_p2p.wire import Codec, Message
 
@@ -36,6 +37,10 @@ Agent = Annotated[str, Meta(max_length=AGENT_CHARS_MAX)]
 Credential = Annotated[bytes, Meta(max_length=32)]
 SwarmId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Nonce = Annotated[int, Meta(ge=0, lt=2**53)]
+
+RosterLine = tuple[
+    Annotated[str, Meta(min_length=52, max_length=52)], Annotated[int, Meta(ge=1, le=2**62)]
+]
 
 
 class _Secretive:
@@ -79,6 +84,10 @@ class Granted(_Secretive, Message, tag="granted", frozen=True):
     swarm_id: SwarmId
     member_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
     peers: ToldAddresses
+    raft_id: Annotated[int, Meta(ge=0, le=2**62)] = 0
+    """The newcomer's; 0 where members are not agreed on."""
+    roster: Annotated[tuple[RosterLine, ...], Meta(max_length=ROSTER_MAX)] = ()
+    """Members and their Raft ids."""
 
 
 class Refused(Message, tag="refused", frozen=True):
@@ -122,12 +131,17 @@ OTHER_SWARM = "other_swarm"
 FULL = "full"
 BUSY = "busy"
 TROUBLE = "trouble"
+NO_QUORUM = "no_quorum"
 
 _PROBLEMS: dict[str, tuple[type[NotAdmitted] | type[PeerUnreachable], str]] = {
     NOT_A_MEMBER: (NotAdmitted, "this node has not proved that it is a member"),
     OTHER_SWARM: (NotAdmitted, "it belongs to another swarm"),
     FULL: (PeerUnreachable, "it has as many connections as it takes"),
     BUSY: (PeerUnreachable, "it has refused too many tickets lately; try again in a minute"),
+    NO_QUORUM: (
+        PeerUnreachable,
+        "its cluster cannot agree on a new member now; see `omx cluster status` there",
+    ),
     TROUBLE: (PeerUnreachable, "it cannot save that the ticket was used; see the log there"),
 }
 

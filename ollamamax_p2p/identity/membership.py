@@ -112,6 +112,7 @@ class _Saved(msgspec.Struct, frozen=True):
     swarm_key: Annotated[bytes, Meta(min_length=SWARM_KEY_BYTES, max_length=SWARM_KEY_BYTES)] | None
     member_key: Annotated[bytes, Meta(min_length=MEMBER_KEY_BYTES, max_length=MEMBER_KEY_BYTES)]
     tickets: Annotated[tuple[_Issued, ...], Meta(max_length=TICKETS_MAX)] = ()
+    founder: bool = False
 
     def __repr__(self) -> str:
         return f"_Saved({self.swarm_id.hex()})"
@@ -146,7 +147,8 @@ class Membership:
         if open_swarm:
             return cls._made(path, _Saved(1, swarm_id, None, open_member_key(swarm_id)))
         swarm_key = token_bytes(SWARM_KEY_BYTES)
-        return cls._made(path, _Saved(1, swarm_id, swarm_key, token_bytes(MEMBER_KEY_BYTES)))
+        member_key = token_bytes(MEMBER_KEY_BYTES)
+        return cls._made(path, _Saved(1, swarm_id, swarm_key, member_key, founder=True))
 
     @classmethod
     def load(cls, path: Path) -> "Membership | None":
@@ -210,6 +212,11 @@ class Membership:
         return self._saved.swarm_key is None
 
     @property
+    def is_founder(self) -> bool:
+        """True if this node began the swarm; False also for records of earlier versions."""
+        return self._saved.founder
+
+    @property
     def has_admitted(self) -> bool:
         """True if a ticket of this node has been redeemed: somebody else is in the swarm."""
         return any(ticket.redeemed_by for ticket in self._saved.tickets)
@@ -263,6 +270,24 @@ class Membership:
         return Ticket(
             self._saved.swarm_id, tuple(addresses), secret, expires_at, self._saved.swarm_key
         )
+
+    def new_ticket(
+        self,
+        addresses: Sequence[Address],
+        *,
+        uses: int,
+        lifetime_s: int,
+        now: float,
+        token_bytes: TokenBytes = secrets.token_bytes,
+    ) -> Ticket:
+        """A ticket that nobody honours yet: whoever agrees on members must be told of it. Raises
+        BadConfig as `issue`.
+        """
+        _check_range("uses", uses, USES_MAX)
+        _check_range("expires", lifetime_s, LIFETIME_S_MAX)
+        expires_at = min(int(now) + lifetime_s, EXPIRES_AT_MAX)
+        secret = token_bytes(SECRET_BYTES)
+        return Ticket(self.swarm_id, tuple(addresses), secret, expires_at, self.swarm_key)
 
     def redeem(self, secret: bytes, peer: PeerId, *, now: float) -> Grant:
         """Make the peer a member, if the secret is that of a live ticket of ours.

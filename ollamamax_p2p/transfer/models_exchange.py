@@ -135,17 +135,19 @@ class ModelsExchange:
         self._is_banned = is_banned
         self._wall_clock = wall_clock
 
-    async def meaning(self, name: ModelName) -> Meaning:
+    async def meaning(self, name: ModelName, wanted: Digest | None = None) -> Meaning:
         """What most members take it to mean; of two that are held equally often the one stored
         last. The connected members are asked; if none knows it, those that are said to hold it.
 
+        wanted: the manifest that it must be; other answers do not count.
         Raises ModelNotFound if nobody knows it, NoSources if nobody could be asked.
         """
         neighbours = self._welcome(self._connected_peers())[:ASKED_MAX]
-        replies = await self._ask_all(neighbours, name)
+        replies = _only(wanted, await self._ask_all(neighbours, name))
         if not any(replies.values()):
             further = self._welcome(await self._providers.find(model_key(name)))
-            replies |= await self._ask_all([p for p in further if p not in neighbours], name)
+            others = await self._ask_all([p for p in further if p not in neighbours], name)
+            replies |= _only(wanted, others)
         if not replies:
             raise NoSources(str(name), "no member of the swarm can be reached; see `omx peers`")
         # Somebody may have been found lying while the others were waited for.
@@ -186,6 +188,18 @@ class ModelsExchange:
         else:
             replies[peer] = answer
             waiting.deadline = min(waiting.deadline, trio.current_time() + LAGGARDS_S)
+
+
+def _only(
+    wanted: Digest | None, replies: dict[PeerId, HeldManifest | None]
+) -> dict[PeerId, HeldManifest | None]:
+    """What is another manifest than the wanted one counts as none."""
+    if wanted is None:
+        return replies
+    return {
+        peer: each if each is not None and digest_of(each.raw) == wanted else None
+        for peer, each in replies.items()
+    }
 
 
 def choose(name: ModelName, answers: Sequence[HeldManifest], now: float) -> Meaning:

@@ -16,12 +16,14 @@ from ollamamax_p2p.content.core.model_name import ModelName
 from ollamamax_p2p.errors import (
     BlobNotFound,
     ModelNotFound,
+    NetworkTrouble,
     NoSources,
     OmxError,
     OriginTrouble,
     StoreFull,
     StoreReadOnly,
 )
+from ollamamax_p2p.transfer.agreed_names import AgreedNames
 from ollamamax_p2p.transfer.fetch import FetchTally, OriginOffer
 from ollamamax_p2p.transfer.models_exchange import ModelsExchange
 from ollamamax_p2p.transfer.origin import Origin
@@ -33,6 +35,11 @@ PROGRESS_INTERVAL_S = 0.2
 BLOBS_AT_ONCE = 3
 """A model is one large blob and some small ones; a small one need not wait for the large one, and
 three do not split the link into slow parts.
+"""
+
+AGREEING_MAX = 5
+"""Rounds with others who pull the same name at the same moment; one is enough for any number of
+them, unless somebody pushes new versions meanwhile.
 """
 
 FILLS_MAX = 3
@@ -60,6 +67,7 @@ class Pull:
         put_manifest: PutManifest,
         from_origin: bool,
         insecure: bool,
+        agreed: AgreedNames | None = None,
     ) -> None:
         self.name = name
         self._store = store
@@ -70,6 +78,7 @@ class Pull:
         self._put_manifest = put_manifest
         self._from_origin = from_origin
         self._insecure = insecure
+        self._agreed = agreed
         self._listeners: list[OnProgress] = []
         self._begin()
 
@@ -100,7 +109,7 @@ class Pull:
         if not self._store.writable:
             raise StoreReadOnly(self._store.place)
         self._tell(PullProgress(status="pulling manifest"))
-        manifest = await self._manifest()
+        manifest = await self._agreed_manifest()
         self.wanted = frozenset(digest for digest, _ in manifest.blobs())
         await self._fill(manifest)
         self._tell(PullProgress(status="success", sources=self._shares()))
@@ -126,10 +135,32 @@ class Pull:
                 if again == FILLS_MAX - 1:
                     raise
 
-    async def _manifest(self) -> Manifest:
+    async def _agreed_manifest(self) -> Manifest:
+        """What the swarm has agreed that the name means; if it has not, what we find is proposed,
+        and what comes first holds for everybody.
+        """
+        if self._agreed is None:
+            return await self._manifest(None)
+        known = await self._agreed.meaning(self.name)
+        for _ in range(AGREEING_MAX):
+            manifest = await self._manifest(known)
+            if manifest.digest == known:
+                return manifest
+            try:
+                decided = await self._agreed.agree(self.name, manifest.digest, replaces=known)
+            except NetworkTrouble as error:
+                note = f"not agreed with the other members: {error}"
+                self._tell(PullProgress(status="pulling manifest", note=note))
+                return manifest
+            if decided == manifest.digest:
+                return manifest
+            known = decided
+        raise NoSources(str(self.name), "its meaning changes faster than it can be pulled")
+
+    async def _manifest(self, wanted: Digest | None) -> Manifest:
         if not self._from_origin:
             try:
-                meaning = await self._exchange.meaning(self.name)
+                meaning = await self._exchange.meaning(self.name, wanted)
             except (ModelNotFound, NoSources) as error:
                 if self._origin is None:
                     return await self._held_already(error)
@@ -197,7 +228,7 @@ class Pull:
         try:
             self._done[digest] = await self._fetch(digest, size, offer)
             self._tell_blob(digest, self._done[digest])
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised when all have ended
+        except Exception as error:
             failures.append(error)
             fetches.cancel_scope.cancel()  # without this blob the others are of no use now
         finally:

@@ -16,6 +16,15 @@ MODELS = "/omx/models/1"
 TRANSFER = "/omx/transfer/1"
 """Chunks: have, want, chunk, cancel, choke. Also the chunk map, page by page."""
 
+RAFT = "/omx/raft/1"
+"""Raft's messages, one way: a hello each way, then batches from who opened the stream."""
+
+RAFT_SNAPSHOT = "/omx/raft-snapshot/1"
+"""The bytes of one snapshot of the agreed state, asked for by who needs it."""
+
+CLUSTER = "/omx/cluster/1"
+"""What a member asks of the cluster's leader and the log has no place for."""
+
 DHT_PREFIX = "/omx"
 """Kademlia's prefix (`/omx/kad/1.0.0`), so that a node never wanders into the public IPFS network.
 """

@@ -1,0 +1,36 @@
+"""MemberGate: who is a member, where that is agreed and not a matter of holding a secret.
+
+`cluster` implements it over the agreed state; `Connections` asks it for every peer that connects.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ollamamax_p2p.identity import PeerId
+
+ROSTER_MAX = 64
+"""Members told to a newcomer, voters first: it must know the leader before it knows the state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a newcomer needs to take part in the agreement."""
+
+    raft_id: int
+    """Its own."""
+    roster: tuple[tuple[PeerId, int], ...]
+    """Members and their Raft ids, at most ROSTER_MAX; the rest it learns from the state."""
+
+
+class MemberGate(Protocol):
+    """The agreed member set, as far as this node knows it."""
+
+    def is_member(self, peer: PeerId) -> bool:
+        """Whether the peer may be let in now. Asked often; never waits."""
+
+    async def redeem(self, secret: bytes, peer: PeerId) -> Admission:
+        """Make the peer a member by a ticket's secret, once that is agreed.
+
+        Raises TicketUnknown, TicketExpired, TicketUsedUp, or NetworkTrouble if nothing can be
+        agreed on now.
+        """

@@ -1,0 +1,139 @@
+"""The drive by hand: no loop, no clock, no disk."""
+
+import random
+
+import pytest
+
+from ollamamax_p2p.consensus.core.drive import Drive, merged_writes, snapshot_to_adopt
+from ollamamax_p2p.consensus.core.messages import (
+    LOCAL_APPEND_THREAD,
+    ConfState,
+    Entry,
+    HardState,
+    Message,
+    MessageType,
+    SnapshotMetadata,
+)
+from ollamamax_p2p.consensus.ram_log import RamLog
+from ollamamax_p2p.consensus.replica import bootstrap_log
+from ollamamax_p2p.consensus.settings import ConsensusSettings
+from ollamamax_p2p.errors import LogDamaged, ProposalDropped
+
+
+def append(*indexes: int, term: int = 1, state: HardState | None = None) -> Message:
+    state = state or HardState()
+    return Message(
+        type=MessageType.STORAGE_APPEND,
+        to=LOCAL_APPEND_THREAD,
+        entries=tuple(Entry(term, index) for index in indexes),
+        term=state.term,
+        vote=state.vote,
+        commit=state.commit,
+    )
+
+
+def alone() -> tuple[Drive, RamLog]:
+    log = RamLog()
+    bootstrap_log(log, [1])
+    drive = Drive(
+        1,
+        log,
+        applied=0,
+        conf_state=ConfState(),
+        settings=ConsensusSettings(),
+        rng=random.Random(1),
+    )
+    do_all(drive, log)
+    drive.campaign()
+    do_all(drive, log)
+    assert drive.leads
+    return drive, log
+
+
+def do_all(drive: Drive, log: RamLog) -> list:
+    applied = []
+    for _ in range(20):
+        work = drive.take_work()
+        for write in merged_writes(work.appends, HardState()):
+            log.append(write.entries, write.hard_state)
+            for message in write.messages:
+                drive.appended(message)
+        for each in work.applies:
+            applied += each.commands
+            drive.applied(each, [b"%d" % command.index for command in each.commands])
+    return applied
+
+
+def test_many_appends_are_one_write_and_what_is_replaced_is_not_written():
+    [write] = merged_writes([append(5, 6, 7), append(6, term=2)], HardState())
+    assert [(entry.index, entry.term) for entry in write.entries] == [(5, 1), (6, 2)]
+    assert write.sync
+
+
+def test_only_a_moved_commit_index_needs_no_fsync():
+    [write] = merged_writes([append(state=HardState(3, 1, 9))], HardState(3, 1, 8))
+    assert not write.sync
+    [write] = merged_writes([append(state=HardState(4, 0, 9))], HardState(3, 1, 8))
+    assert write.sync
+
+
+def test_a_log_that_does_not_know_of_an_installed_snapshot_is_begun_anew():
+    log = RamLog()
+    bootstrap_log(log, [1])
+    ahead = SnapshotMetadata(9, 2)
+    assert snapshot_to_adopt(log, 9, ahead) == ahead
+    assert snapshot_to_adopt(log, 1, SnapshotMetadata(1, 2)) == SnapshotMetadata(1, 2)
+    assert snapshot_to_adopt(log, 1, SnapshotMetadata(1, 1)) is None
+    with pytest.raises(LogDamaged):
+        snapshot_to_adopt(log, 9, None)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Message(type=MessageType.HUP, to=1, from_=2),
+        Message(type=MessageType.APP_RESP, to=1, from_=7, term=2),
+        Message(type=MessageType.APP, to=9, from_=2, term=2),
+        Message(type=MessageType.APP, to=1, from_=1, term=2),
+        Message(type=MessageType.STORAGE_APPEND_RESP, to=1, from_=LOCAL_APPEND_THREAD, term=2),
+        Message(type=MessageType.SNAP, to=1, from_=2, term=2),
+    ],
+)
+def test_what_no_correct_member_sends_is_counted_and_changes_nothing(message):
+    drive, log = alone()
+    before = (drive.term, drive.committed_index, log.last_index())
+    drive.step(message)
+    assert drive.messages_refused == 1
+    assert (drive.term, drive.committed_index, log.last_index()) == before
+
+
+def test_a_proposal_ends_with_its_result_and_nonsense_in_the_log_with_no_command():
+    drive, log = alone()
+    request = drive.propose(b"data")
+    drive.raw_node.propose(b"\xc1nonsense")
+    commands = do_all(drive, log)
+    assert [command.data for command in commands if command.data] == [b"data"]
+    [outcome] = drive.take_outcomes()
+    assert (outcome.request, outcome.result) == (request, b"%d" % outcome.index)
+
+
+def test_no_more_proposals_and_reads_wait_than_the_settings_say():
+    drive, _ = alone()
+    for _ in range(ConsensusSettings().proposals_waiting_max):
+        drive.propose(b"x")
+        drive.read()
+    with pytest.raises(ProposalDropped, match="wait"):
+        drive.propose(b"x")
+    with pytest.raises(ProposalDropped, match="wait"):
+        drive.read()
+
+
+def test_a_leader_whose_disk_does_not_finish_a_write_steps_down():
+    drive, _ = alone()
+    drive.propose(b"data")
+    drive.take_work()
+    settings = ConsensusSettings()
+    for _ in range(round(settings.disk_stall_s / settings.tick_s) + 1):
+        drive.tick()
+    assert not drive.leads
+    assert drive.disk_stalls == 1

@@ -1,0 +1,99 @@
+"""The text transcripts that etcd's raft is tested with, run on our core.
+
+`pytest tests/consensus --raft-transcripts DIR` runs every script below a folder, twice: strictly,
+and structurally, without the lines that loggers wrote.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.consensus.interaction import Interaction
+from tests.consensus.pure_scripts import ConfigChangeScript, QuorumScript
+from tests.consensus.transcript_format import Directive, directives
+
+LOGGED = re.compile(r"^\s*(DEBUG|INFO|WARN|ERROR|FATAL) ")
+
+COMMANDS = {
+    "committed": QuorumScript,
+    "vote": QuorumScript,
+    "simple": ConfigChangeScript,
+    "enter-joint": ConfigChangeScript,
+    "leave-joint": ConfigChangeScript,
+}
+
+
+def without_log_lines(text: str) -> str:
+    kept = [line for line in text.splitlines() if not LOGGED.match(line)]
+    return "\n".join(kept)
+
+
+def mismatch(script: str, *, strict: bool) -> str:
+    """Where a script's output is another than ours; empty if it is ours throughout."""
+    runner: Interaction | QuorumScript | ConfigChangeScript | None = None
+    for directive in directives(script):
+        if runner is None:
+            runner = COMMANDS.get(directive.command, Interaction)()
+        ours, theirs = runner.run(directive), directive.expected
+        if not strict:
+            ours, theirs = without_log_lines(ours), without_log_lines(theirs)
+        if not strict and {ours, theirs} <= {"", "ok"}:
+            continue
+        if ours.rstrip("\n") != theirs.rstrip("\n"):
+            return told(directive, ours, theirs)
+    return ""
+
+
+def told(directive: Directive, ours: str, theirs: str) -> str:
+    return (
+        f"line {directive.line}, {directive.command} {directive.arguments}:\n"
+        f"--- expected\n{theirs}\n--- ours\n{ours}\n"
+    )
+
+
+@pytest.mark.parametrize("mode", ["strict", "structural"])
+def test_a_transcript_is_reproduced(raft_script: Path, mode: str) -> None:
+    problem = mismatch(raft_script.read_text(encoding="utf-8"), strict=mode == "strict")
+    assert not problem, f"{raft_script.name}: {problem}"
+
+
+SCRIPT = """\
+# A comment.
+add-nodes 1 voters=(1) index=2
+----
+INFO 1 switched to configuration voters=(1)
+INFO 1 became follower at term 0
+INFO newRaft 1 [peers: [1], term: 0, commit: 2, applied: 2, lastindex: 2, lastterm: 1]
+
+campaign 1
+----
+INFO 1 is starting a new election at term 0
+INFO 1 became candidate at term 1
+
+raft-state
+----
+1: StateCandidate (Voter) Term:1 Lead:0
+"""
+
+
+def test_a_script_of_our_own_is_reproduced() -> None:
+    assert not mismatch(SCRIPT, strict=True)
+    assert not mismatch(SCRIPT, strict=False)
+
+
+def test_a_wrong_line_is_found_in_both_modes() -> None:
+    wrong = SCRIPT.replace("StateCandidate", "StateLeader")
+    assert "expected" in mismatch(wrong, strict=True)
+    assert "expected" in mismatch(wrong, strict=False)
+
+
+def test_a_wrong_log_line_is_found_in_strict_mode_only() -> None:
+    wrong = SCRIPT.replace("INFO 1 became candidate at term 1", "INFO 1 became candidate at term 7")
+    assert mismatch(wrong, strict=True)
+    assert not mismatch(wrong, strict=False)
+
+
+def test_an_unknown_command_says_so() -> None:
+    assert mismatch("dance 1\n----\nok\n", strict=True)
+    assert not mismatch("dance 1\n----\nunknown command\n", strict=True)
