@@ -211,7 +211,7 @@ class _View:
     tickets: tuple[IssuedTicket, ...] = ()
     swarm: Swarm | None = None
     clock: int = 0
-    settings: AgreedSettings = AgreedSettings()
+    settings: AgreedSettings = AgreedSettings()  # noqa: RUF009 - it is frozen
 
 
 class ClusterState:

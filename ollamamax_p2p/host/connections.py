@@ -423,7 +423,7 @@ class Connections:
     async def _await_proof(self, peer: PeerId, stranger: _Stranger) -> None:
         """Drop a stranger whose time is over."""
         with stranger.waiting:
-            while trio.current_time() < stranger.deadline:
+            while trio.current_time() < stranger.deadline:  # noqa: ASYNC110 - it may be moved
                 await trio.sleep_until(stranger.deadline)
             _log.info("dropping %s: it did not prove that it is a member", peer)
             self._strangers.pop(peer, None)
@@ -831,7 +831,7 @@ class Connections:
 
     async def _notice_silence(self, link: _Link) -> None:
         timeout_s = self._settings.heartbeat_timeout_s
-        while trio.current_time() < link.heard_at + timeout_s:
+        while trio.current_time() < link.heard_at + timeout_s:  # noqa: ASYNC110 - it is moved
             await trio.sleep_until(link.heard_at + timeout_s)
         self._end(link, f"silent for {timeout_s:g} s")
 

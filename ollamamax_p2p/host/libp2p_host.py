@@ -426,7 +426,7 @@ class Libp2pHost:
             peer = _peer_of(net_stream.muxed_conn.peer_id)
             self._open_inbound[peer] += 1
             await self._let_in(peer, net_stream)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - see above; ours are raised in our own nursery
             _log.debug("a stream from %s failed: %s", peer, _reason(error))
             await net_stream.reset()
         finally:
@@ -463,7 +463,7 @@ class Libp2pHost:
                 return
             try:
                 await self._basic._identify_peer(libp2p_id, reason="admitted")
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - it parses what a peer sent
                 _log.debug("identify of %s failed: %s", peer, _reason(error))
             if libp2p_id in self._basic._identified_peers:
                 return
@@ -547,7 +547,7 @@ class Libp2pHost:
                 muxed = await self._swarm.upgrade_inbound_raw_conn(
                     RawConnection(raw_stream, False), listener
                 )
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - garbage makes it raise anything
                 _log.debug("a connection from %s failed: %s", remote, _reason(error))
                 return
         await muxed.event_closed.wait()

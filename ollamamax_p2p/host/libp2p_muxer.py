@@ -102,7 +102,7 @@ class BoundedYamux(Yamux):
                 self._room.unpark_all()
                 if not self._queued:
                     self._drained.set()
-        except Exception:
+        except Exception:  # noqa: BLE001 - sockets, ciphers and WebSocket each raise their own
             self._give_up()
         finally:
             self.event_shutting_down.set()

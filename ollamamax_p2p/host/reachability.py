@@ -127,13 +127,13 @@ class Reachability:
     def _offers(self, peer: ID, protocol: str) -> bool:
         try:
             return bool(self._libp2p.get_peerstore().supports_protocols(peer, [protocol]))
-        except Exception:
+        except Exception:  # noqa: BLE001 - PeerStoreError, whatever it is made of
             return False
 
     def _transports_of(self, relay: ID) -> Sequence[str]:
         try:
             return [str(each) for each in self._libp2p.get_peerstore().addrs(relay)]
-        except Exception:
+        except Exception:  # noqa: BLE001 - as above
             return ()
 
 

@@ -249,7 +249,7 @@ def _guarded_backend(check: AddressCheck, resolve: Resolver) -> "httpcore2.Async
             self,
             host: str,
             port: int,
-            timeout: float | None = None,
+            timeout: float | None = None,  # noqa: ASYNC109 - the library's interface
             local_address: str | None = None,
             socket_options: Iterable[Any] | None = None,
         ) -> httpcore2.AsyncNetworkStream:

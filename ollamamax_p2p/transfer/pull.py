@@ -228,7 +228,7 @@ class Pull:
         try:
             self._done[digest] = await self._fetch(digest, size, offer)
             self._tell_blob(digest, self._done[digest])
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised when all have ended
             failures.append(error)
             fetches.cancel_scope.cancel()  # without this blob the others are of no use now
         finally:

@@ -68,7 +68,7 @@ class SharedWork(Generic[Key, Result]):
             with work.scope:
                 work.result = await do()
                 work.finished = True
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - see the class
             if not isinstance(error, OmxError):
                 _log.error("an unexpected error in the work on %s", key, exc_info=error)
             work.error = error

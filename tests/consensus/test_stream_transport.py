@@ -124,7 +124,7 @@ class Reader:
 
 async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(60):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - nothing tells when
             await trio.sleep(0.01)
 
 

@@ -108,7 +108,7 @@ class DhtSwarm:
 
     async def settle(self) -> None:
         with trio.fail_after(60):
-            while any(member.providers.waiting for member in self._members):
+            while any(member.providers.waiting for member in self._members):  # noqa: ASYNC110 - no event
                 await trio.sleep(0.05)
 
 

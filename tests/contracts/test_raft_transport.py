@@ -93,7 +93,7 @@ async def hold(opened, *, task_status: trio.TaskStatus) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(BUDGET_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - nothing tells when
             await trio.sleep(0.01)
 
 

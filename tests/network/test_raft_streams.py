@@ -50,7 +50,7 @@ def open_host(name: str):
 
 async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(BUDGET_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - nothing tells when
             await trio.sleep(0.005)
 
 

@@ -138,7 +138,7 @@ def test_when_any_sync_fails_every_later_call_is_refused_and_a_restart_has_it_al
     disk = SimulatedDisk()
     disk.fail_sync_at = sync
     done, log = 0, None
-    with pytest.raises(LogSyncFailed):
+    with pytest.raises(LogSyncFailed):  # noqa: PT012 - which step fails is what is asked
         log = opened(disk)
         for step in STORY:
             step(log)
@@ -227,7 +227,7 @@ def test_a_disk_without_room_for_a_segment_refuses_and_stays_readable():
     disk = SimulatedDisk(capacity=5000)
     log = opened(disk)
     index = 0
-    with pytest.raises(StoreFull):
+    with pytest.raises(StoreFull):  # noqa: PT012 - which step fails is what is asked
         for index in range(1, 1000):
             log.append(entries(index, index, size=100))
     assert held(log)[2] == tuple(entries(1, index - 1, size=100))
@@ -243,7 +243,7 @@ def test_a_write_that_fails_for_any_other_reason_ends_the_log(write):
     log = opened(disk)
     disk.write_error, disk.fail_write_at = BROKEN, disk.writes + write
     done = 0
-    with pytest.raises(LogSyncFailed):
+    with pytest.raises(LogSyncFailed):  # noqa: PT012 - which step fails is what is asked
         for step in STORY:
             step(log)
             done += 1

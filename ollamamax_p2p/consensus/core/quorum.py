@@ -78,8 +78,8 @@ class JointConfig:
 
     def __init__(
         self,
-        incoming: MajorityConfig = MajorityConfig(),
-        outgoing: MajorityConfig = MajorityConfig(),
+        incoming: MajorityConfig = MajorityConfig(),  # noqa: B008 - it is frozen
+        outgoing: MajorityConfig = MajorityConfig(),  # noqa: B008 - it is frozen
     ) -> None:
         self.incoming = incoming
         self.outgoing = outgoing

@@ -70,7 +70,7 @@ class RaftConfig:
     step_down_on_removal: bool = False
     """A leader that is removed or made a learner becomes a follower once that is applied."""
 
-    logger: Logger = NoLogger()
+    logger: Logger = NoLogger()  # noqa: RUF009 - it is frozen
 
     trace: TraceSink | None = None
     """Gets each event of the state trace."""

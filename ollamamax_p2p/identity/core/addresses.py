@@ -48,7 +48,7 @@ def parse_transport(text: str) -> str:
     try:
         parsed = multiaddr.Multiaddr(text)
         protocols = [protocol.name for protocol in parsed.protocols()]
-    except Exception:
+    except Exception:  # noqa: BLE001 - multiaddr raises whatever its part parsers raise
         # Its own words repeat the text as it is, control characters and all.
         raise BadAddress(text, "not a multiaddr such as /ip4/192.0.2.7/tcp/4001") from None
     if not protocols or protocols[0] not in _HOSTS:
