@@ -68,10 +68,10 @@ def repeatable(seed: int) -> Iterator[None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     report = yield
-    if report.skipped and os.environ.get("OMX_NO_SKIPS") and not hasattr(report, "wasxfail"):
+    if report.skipped and os.environ.get("TESTS_NO_SKIPS") and not hasattr(report, "wasxfail"):
         # CI installs every counterpart, so there a skip is a test that nobody runs.
         report.outcome = "failed"
-        report.longrepr = f"skipped, which OMX_NO_SKIPS forbids: {report.longrepr}"
+        report.longrepr = f"skipped, which TESTS_NO_SKIPS forbids: {report.longrepr}"
     number = getattr(item, "funcargs", {}).get("seed")
     if report.failed and number is not None:
         report.sections.append(

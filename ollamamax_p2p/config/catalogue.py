@@ -21,7 +21,7 @@ INVERTED_VARIABLES: Mapping[str, str] = {"discovery.mdns": "OMX_NO_MDNS"}
 OTHER_PROGRAMS_VARIABLES: Mapping[str, str] = {"content.models": "OLLAMA_MODELS"}
 """Asked last: what the user has told Ollama already."""
 
-OTHER_VARIABLES = ("OMX_CONFIG", "OMX_DEBUG", "OMX_LOG", "OMX_NO_SKIPS")
+OTHER_VARIABLES = ("OMX_CONFIG", "OMX_DEBUG", "OMX_LOG", "TESTS_NO_SKIPS")
 """Ours, but no settings: where the file is, whether errors show their traceback, whose logs are
 shown; the last is the test suite's, which runs `omx` in its own environment.
 """

@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "raft_script" not in metafunc.fixturenames:
         return
     given = metafunc.config.getoption("--raft-transcripts") or os.environ.get(
-        "OMX_RAFT_TRANSCRIPTS", ""
+        "TESTS_RAFT_TRANSCRIPTS", ""
     )
     scripts = scripts_below(Path(given)) if given else []
     if given and not scripts:

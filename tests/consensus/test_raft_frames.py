@@ -38,7 +38,7 @@ from ollamamax_p2p.consensus.core.raft_frames import (
 )
 from ollamamax_p2p.errors import MalformedMessage
 
-FUZZED_FRAMES = int(os.environ.get("OMX_FUZZED_FRAMES", "20000"))
+FUZZED_FRAMES = int(os.environ.get("TESTS_FUZZED_FRAMES", "20000"))
 """A soak sets 1,000,000."""
 
 VOTERS = ConfState(voters=(1, 2, 3))
