@@ -44,22 +44,11 @@ LEVELS = ("DEBUG", "INFO", "WARN", "ERROR", "FATAL", "NONE")
 NONE = LEVELS.index("NONE")
 LOCAL = (LOCAL_APPEND_THREAD, LOCAL_APPLY_THREAD)
 ELECTION_TICKS, HEARTBEAT_TICKS = 3, 1
-OPTIONS = {
-    "async-storage-writes": ("async_storage_writes", lambda text: text == "true"),
-    "prevote": ("pre_vote", lambda text: text == "true"),
-    "checkquorum": ("check_quorum", lambda text: text == "true"),
-    "inflight": ("max_inflight_msgs", int),
-    "max-committed-size-per-ready": ("max_committed_size_per_ready", int),
-    "disable-conf-change-validation": (
-        "disable_conf_change_validation",
-        lambda text: text == "true",
-    ),
-    "step-down-on-removal": ("step_down_on_removal", lambda text: text == "true"),
-    "read-only": (
-        "read_only_option",
-        {"safe": ReadOnlyOption.SAFE, "lease-based": ReadOnlyOption.LEASE_BASED}.__getitem__,
-    ),
+SWITCHES = {
+    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
 }
+READ_ONLY = {"safe": ReadOnlyOption.SAFE, "lease-based": ReadOnlyOption.LEASE_BASED}
 CHANGES = {
     "v": ConfChangeType.ADD_NODE,
     "l": ConfChangeType.ADD_LEARNER_NODE,
@@ -75,6 +64,31 @@ TRANSITIONS = {
 
 class CommandFailed(Exception):
     """A command ends with this text."""
+
+
+def switch(text: str) -> bool:
+    """A truth value, in the spellings that Go's ParseBool knows."""
+    if text not in SWITCHES:
+        raise CommandFailed(f'strconv.ParseBool: parsing "{text}": invalid syntax')
+    return SWITCHES[text]
+
+
+def read_only(text: str) -> ReadOnlyOption:
+    if text not in READ_ONLY:
+        raise CommandFailed(f'invalid read-only option "{text}"')
+    return READ_ONLY[text]
+
+
+OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "async-storage-writes": ("async_storage_writes", switch),
+    "prevote": ("pre_vote", switch),
+    "checkquorum": ("check_quorum", switch),
+    "inflight": ("max_inflight_msgs", int),
+    "max-committed-size-per-ready": ("max_committed_size_per_ready", int),
+    "disable-conf-change-validation": ("disable_conf_change_validation", switch),
+    "step-down-on-removal": ("step_down_on_removal", switch),
+    "read-only": ("read_only_option", read_only),
+}
 
 
 class Output:
@@ -104,7 +118,8 @@ class Output:
             yield
         finally:
             inner = self.take()
-            self._lines = [*outer, *(f"  {line}\n" for line in inner.splitlines())]
+            lines = inner.removesuffix("\n").split("\n") if inner else []
+            self._lines = [*outer, *(f"  {line}\n" for line in lines)]
 
     def _log(self, level: int, line: str) -> None:
         if self.level <= level:
@@ -124,12 +139,21 @@ class Output:
 
 
 class Storage(RamLog):
-    """A RamLog that always has a snapshot of what is applied."""
+    """A RamLog that always has a snapshot of what is applied.
+
+    As in the original, one that came from elsewhere does not count as applied.
+    """
 
     history: list[Snapshot]
 
     def snapshot(self) -> Snapshot:
         return self.history[-1]
+
+    def compact(self, index: int) -> None:
+        """Whether a snapshot covers it or not."""
+        hard_state, _ = self.initial_state()
+        following = self.entries(index + 1, self.last_index() + 1, NO_LIMIT)
+        self.restore((self.term(index), index), following, hard_state, self.newest_snapshot())
 
 
 @dataclass
@@ -143,7 +167,17 @@ class Node:
 
 def parse_changes(text: str) -> tuple[ConfChangeSingle, ...]:
     """`v1 l2 r3`."""
-    return tuple(ConfChangeSingle(CHANGES[word[0]], int(word[1:])) for word in text.split())
+    return tuple(parse_change(word) for word in text.split())
+
+
+def parse_change(word: str) -> ConfChangeSingle:
+    if len(word) < 2:
+        raise CommandFailed(f"unknown token {word}")
+    if word[0] not in CHANGES:
+        raise CommandFailed(f"unknown input: {word}")
+    if not word[1:].isdecimal():
+        raise CommandFailed(f'strconv.ParseUint: parsing "{word[1:]}": invalid syntax')
+    return ConfChangeSingle(CHANGES[word[0]], int(word[1:]))
 
 
 class Interaction:
@@ -173,9 +207,7 @@ class Interaction:
             "propose": self.propose,
             "raft-log": lambda given: self.show_log(self.node(given)),
             "raft-state": lambda _: self.show_states(),
-            "report-unreachable": lambda given: self.node(given).raw.report_unreachable(
-                int(given[1].key)
-            ),
+            "report-unreachable": self.report_unreachable,
             "send-snapshot": self.send_snapshot,
             "set-randomized-election-timeout": self.set_election_timeout,
             "stabilize": self.stabilize_command,
@@ -238,10 +270,7 @@ class Interaction:
                 content = each.values[0].encode()
             elif each.key in OPTIONS:
                 name, read = OPTIONS[each.key]
-                try:
-                    options[name] = read(each.values[0])
-                except KeyError:
-                    raise CommandFailed(f'invalid {each.key} option "{each.values[0]}"') from None
+                options[name] = read(each.values[-1])
         state = ConfState(voters=ids["voters"], learners=ids["learners"])
         snapshot = Snapshot(SnapshotMetadata(index, 0, state), content)
         if snapshot != Snapshot():
@@ -257,16 +286,19 @@ class Interaction:
         if snapshot.metadata.index:
             storage.install_snapshot(snapshot)
         number = len(self.nodes) + 1
-        config = RaftConfig(
-            id=number,
-            election_tick=ELECTION_TICKS,
-            heartbeat_tick=HEARTBEAT_TICKS,
-            storage=storage,
-            max_size_per_msg=NO_LIMIT,
-            rng=random.Random(number),
-            logger=self.output,
-            **{"max_inflight_msgs": 2**31 - 1, **options},
-        )
+        try:
+            config = RaftConfig(
+                id=number,
+                election_tick=ELECTION_TICKS,
+                heartbeat_tick=HEARTBEAT_TICKS,
+                storage=storage,
+                max_size_per_msg=NO_LIMIT,
+                rng=random.Random(number),
+                logger=self.output,
+                **{"max_inflight_msgs": 2**31 - 1, **options},
+            )
+        except ValueError as error:
+            raise CommandFailed(str(error)) from error
         self.nodes.append(Node(RawNode(config), storage, config.async_storage_writes))
 
     def tick(self, given: list[Argument], count: int) -> None:
@@ -279,7 +311,7 @@ class Interaction:
 
     def set_level(self, name: str) -> None:
         if name.upper() not in LEVELS:
-            raise CommandFailed(f"log levels must be either of {' '.join(LEVELS)}")
+            raise CommandFailed(f"log levels must be either of [{' '.join(LEVELS)}]")
         self.output.level = LEVELS.index(name.upper())
 
     # -- proposing
@@ -288,12 +320,19 @@ class Interaction:
         self.node(given).raw.propose(given[1].key.encode())
 
     def propose_conf_change(self, directive: Directive) -> None:
-        transition = TRANSITIONS.get(directive.named.get("transition", ("auto",))[0])
-        if transition is None:
-            raise CommandFailed(f"unknown transition {directive.named['transition'][0]}")
+        old_form, transition = False, ConfChangeTransition.AUTO
+        for key, values in directive.named.items():
+            if key == "v1":
+                old_form = switch(values[-1])
+            elif key != "transition":
+                raise CommandFailed(f"unknown command {key}")
+            elif values[-1] in TRANSITIONS:
+                transition = TRANSITIONS[values[-1]]
+            else:
+                raise CommandFailed(f"unknown transition {values[-1]}")
         changes = parse_changes(directive.input)
         change: ConfChange | ConfChangeV2 = ConfChangeV2(transition, changes)
-        if directive.named.get("v1", ("false",))[0] == "true":
+        if old_form:
             if len(changes) > 1 or transition is not ConfChangeTransition.AUTO:
                 raise CommandFailed("v1 conf change can only have one operation and no transition")
             change = ConfChange(changes[0].type, changes[0].node_id)
@@ -301,6 +340,14 @@ class Interaction:
             self.node(directive.arguments).raw.propose_conf_change(change)
         except ProposalDropped as error:
             raise CommandFailed("raft proposal dropped") from error
+
+    def report_unreachable(self, given: list[Argument]) -> None:
+        numbers = [int(each.key) for each in given if not each.values]
+        if len(numbers) != 2:
+            raise CommandFailed(
+                "must specify exactly two node indexes: node on which to report, and reported node"
+            )
+        self.nodes[numbers[0] - 1].raw.report_unreachable(numbers[1])
 
     def transfer(self, given: list[Argument]) -> None:
         named = {each.key: int(each.values[0]) for each in given}
@@ -376,7 +423,6 @@ class Interaction:
             if entries:
                 raise CommandFailed("can't apply snapshot and entries at the same time")
             node.storage.install_snapshot(snapshot, hard_state)
-            node.storage.history.append(snapshot)
         else:
             node.storage.append(entries, hard_state)
 
@@ -494,9 +540,8 @@ class Interaction:
 
     def compact(self, given: list[Argument]) -> None:
         node, index = self.node(given), int(given[1].key)
-        by_index = {each.metadata.index: each for each in node.storage.history}
-        if index in by_index:
-            node.storage.save_snapshot(by_index[index])
+        if index < node.storage.first_index():
+            raise CommandFailed("requested index is unavailable due to compaction")
         node.storage.compact(index)
         self.show_log(node)
 

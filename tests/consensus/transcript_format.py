@@ -44,29 +44,47 @@ class Directive:
         return [each.key for each in self.arguments if not each.values]
 
 
-_WORD = re.compile(r"\s*([^\s=()]+)(?:=(?:\(([^()]*)\)|([^\s()]*)))?(?=\s|$)")
-
-
 def parse_line(text: str) -> tuple[str, list[Argument]]:
-    """A command and its arguments. Raises ValueError."""
-    place = 0
+    """A command and its arguments; no command, `""`, in a blank line. Raises ValueError."""
+    command, _, rest = text.strip().partition(" ")
     words: list[Argument] = []
-    text = text.strip()
-    while place < len(text):
-        found = _WORD.match(text, place)
-        if found is None:
-            raise ValueError(f"cannot read {text[place:]!r} of {text!r}")
-        key, several, single = found.groups()
-        if several is not None:
-            words.append(Argument(key, tuple(re.split(r"[\s,]+", several.strip())) or ("",)))
-        elif single is not None:
-            words.append(Argument(key, (single,)))
-        else:
+    while rest := rest.strip():
+        key = re.match("[^ =]*", rest)[0]  # type: ignore[index]
+        if not key:
+            raise ValueError(f"cannot read {rest!r} of {text!r}")
+        rest = rest[len(key) :]
+        if not rest.startswith("="):
             words.append(Argument(key))
-        place = found.end()
-    if not words or words[0].values:
-        raise ValueError(f"no command in {text!r}")
-    return words[0].key, words[1:]
+        elif rest.startswith("=("):
+            end = _closing(rest, text)
+            words.append(Argument(key, tuple(_top_level(rest[2:end]))))
+            rest = rest[end + 1 :]
+        else:
+            value, _, rest = rest[1:].partition(" ")
+            words.append(Argument(key, (value,)))
+    return command, words
+
+
+def _closing(rest: str, text: str) -> int:
+    """Where the parenthesis that rest opens with ends."""
+    depth = 0
+    for place, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if letter == ")" and not depth:
+            return place
+    raise ValueError(f"a parenthesis of {text!r} is never closed")
+
+
+def _top_level(inside: str) -> list[str]:
+    """The values between commas that stand in no inner parenthesis."""
+    values, depth = [""], 0
+    for letter in inside:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and not depth:
+            values.append("")
+        else:
+            values[-1] += letter
+    return [values[0], *(value.lstrip(" ") for value in values[1:])]
 
 
 def directives(text: str) -> Iterator[Directive]:
@@ -79,8 +97,9 @@ def directives(text: str) -> Iterator[Directive]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         begun = at
+        line = line.strip()
         while line.endswith("\\") and at < len(lines):
-            line = line[:-1] + lines[at]
+            line = f"{line[:-1]} {lines[at].strip()}"
             at += 1
         command, arguments = parse_line(line)
         given: list[str] = []
@@ -92,7 +111,7 @@ def directives(text: str) -> Iterator[Directive]:
         at += 1
         expected, at = _expected(lines, at)
         yield Directive(
-            begun, command, arguments, input="\n".join(given).strip("\n"), expected=expected
+            begun, command, arguments, input="\n".join(given).strip(), expected=expected
         )
 
 

@@ -79,7 +79,7 @@ class Progress:
         self.next = next
         """The first entry that will be sent to it; match < next."""
         self.sent_commit = 0
-        """The greatest commit index that is on its way to it."""
+        """The commit index that it was last told."""
         self.state = StateType.PROBE
         self.pending_snapshot = 0
         """In SNAPSHOT: the index of the snapshot that was sent."""

@@ -415,7 +415,7 @@ class Raft:
             commit=committed,
         )
         progress.sent_entries(len(entries), payload_size(entries))
-        progress.sent_commit = max(progress.sent_commit, committed)
+        progress.sent_commit = committed
         return True
 
     def _send_snapshot(self, to: int, progress: Progress) -> bool:
@@ -459,7 +459,9 @@ class Raft:
             # Never more than it is known to hold: it may hold something else behind that.
             commit = min(progress.match, self.log.committed)
             self._send(MessageType.HEARTBEAT, node, commit=commit, context=context)
-            progress.sent_commit = max(progress.sent_commit, commit)
+            # Also when that is less than an append before it told: appends may be lost, so the next
+            # acknowledgement is answered with the commit index once more.
+            progress.sent_commit = commit
 
     def _send_timeout_now(self, to: int) -> None:
         self._lease.give_away()
