@@ -1,12 +1,13 @@
-"""The folder of transcripts that the conformance tests run."""
+"""The transcripts that the conformance tests run."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-DEBIAN = Path("/usr/share/gocode/src/go.etcd.io/etcd/raft")
-"""Where the package golang-etcd-server-dev has an older set."""
+from tests.consensus import older_scripts
+
+OURS = Path(__file__).parents[1] / "vectors" / "raft"
 
 
 def scripts_below(folder: Path) -> list[Path]:
@@ -19,21 +20,22 @@ def scripts_below(folder: Path) -> list[Path]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each script."""
-    if "raft_script" not in metafunc.fixturenames:
-        return
-    given = metafunc.config.getoption("--raft-transcripts") or os.environ.get(
-        "TESTS_RAFT_TRANSCRIPTS", ""
-    )
-    scripts = scripts_below(Path(given)) if given else []
-    if given and not scripts:
-        raise pytest.UsageError(f"--raft-transcripts {given}: no script is there")
-    if scripts:
-        metafunc.parametrize(
-            "raft_script", scripts, ids=lambda path: f"{path.parent.name}/{path.stem}"
+    """One test for each script: those of our own always, others where they are."""
+    if "raft_script" in metafunc.fixturenames:
+        given = metafunc.config.getoption("--raft-transcripts") or os.environ.get(
+            "TESTS_RAFT_TRANSCRIPTS", ""
         )
+        theirs = scripts_below(Path(given)) if given else []
+        if given and not theirs:
+            raise pytest.UsageError(f"--raft-transcripts {given}: no script is there")
+        parametrize(metafunc, "raft_script", [*scripts_below(OURS), *theirs])
+    if "older_script" in metafunc.fixturenames:
+        parametrize(metafunc, "older_script", scripts_below(older_scripts.FOLDER))
+
+
+def parametrize(metafunc: pytest.Metafunc, name: str, scripts: list[Path]) -> None:
+    if scripts:
+        metafunc.parametrize(name, scripts, ids=lambda path: f"{path.parent.name}/{path.stem}")
         return
-    reason = "needs transcripts of etcd's raft: give their folder with --raft-transcripts"
-    metafunc.parametrize(
-        "raft_script", [pytest.param(Path(), marks=pytest.mark.skip(reason=reason))]
-    )
+    reason = "needs etcd's raft 3.4, which golang-etcd-server-dev brings"
+    metafunc.parametrize(name, [pytest.param(Path(), marks=pytest.mark.skip(reason=reason))])

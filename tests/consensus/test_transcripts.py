@@ -1,16 +1,21 @@
 """The text transcripts that etcd's raft is tested with, run on our core.
 
 `pytest tests/consensus --raft-transcripts DIR` runs every script below a folder, twice: strictly,
-and structurally, without the lines that loggers wrote.
+and structurally, without the lines that loggers wrote. Scripts of our own, in tests/vectors/raft,
+run always; `rewrite_transcripts` writes what our core prints into them, to be read before it is
+believed.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.consensus.interaction import Interaction
+from tests.consensus.older_scripts import brought_up_to_date, theirs_and_ours
 from tests.consensus.pure_scripts import ConfigChangeScript, QuorumScript
+from tests.consensus.rewrite_transcripts import rewritten
 from tests.consensus.transcript_format import Directive, directives
 
 LOGGED = re.compile(r"^\s*(DEBUG|INFO|WARN|ERROR|FATAL) ")
@@ -29,13 +34,16 @@ def without_log_lines(text: str) -> str:
     return "\n".join(kept)
 
 
-def mismatch(script: str, *, strict: bool) -> str:
-    """Where a script's output is another than ours; empty if it is ours throughout."""
+def mismatch(script: str, *, strict: bool, read: Callable[[str], str] = str) -> str:
+    """Where a script's output is another than ours; empty if it is ours throughout.
+
+    read: what both are put through before they are compared.
+    """
     runner: Interaction | QuorumScript | ConfigChangeScript | None = None
     for directive in directives(script):
         if runner is None:
             runner = COMMANDS.get(directive.command, Interaction)()
-        ours, theirs = runner.run(directive), directive.expected
+        ours, theirs = read(runner.run(directive)), read(directive.expected)
         if not strict:
             ours, theirs = without_log_lines(ours), without_log_lines(theirs)
         if not strict and {ours, theirs} <= {"", "ok"}:
@@ -56,6 +64,17 @@ def told(directive: Directive, ours: str, theirs: str) -> str:
 def test_a_transcript_is_reproduced(raft_script: Path, mode: str) -> None:
     problem = mismatch(raft_script.read_text(encoding="utf-8"), strict=mode == "strict")
     assert not problem, f"{raft_script.name}: {problem}"
+
+
+@pytest.mark.counterpart
+def test_an_older_script_comes_to_the_same(older_script: Path) -> None:
+    script = older_script.read_text(encoding="utf-8")
+    if next(directives(script)).command in COMMANDS:
+        assert not mismatch(script, strict=True, read=brought_up_to_date)
+    else:
+        theirs, ours = theirs_and_ours(script)
+        assert ours == theirs
+        assert any(ours.values())
 
 
 SCRIPT = """\
@@ -80,6 +99,32 @@ raft-state
 def test_a_script_of_our_own_is_reproduced() -> None:
     assert not mismatch(SCRIPT, strict=True)
     assert not mismatch(SCRIPT, strict=False)
+
+
+def test_a_directive_is_read_as_the_originals_are() -> None:
+    line, output = "go 1 to=( a, b(c,d) ) then= \\\n  last=x=y", "----\n----\na\n\nb\n----\n----\n"
+    script = f"{line}\ninput\n\nmore\n{output}"
+    (directive,) = directives(script)
+    assert directive.command == "go"
+    assert [(each.key, each.values) for each in directive.arguments] == [
+        ("1", ()),
+        ("to", (" a", "b(c,d) ")),
+        ("then", ("",)),
+        ("last", ("x=y",)),
+    ]
+    assert (directive.input, directive.expected) == ("input\n\nmore", "a\n\nb")
+
+
+@pytest.mark.parametrize("line", ["go =1", "go to=(1", "go to=(1,(2)"])
+def test_a_line_that_is_no_directive_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot read|never closed"):
+        list(directives(f"{line}\n----\n"))
+
+
+def test_a_script_is_rewritten_with_what_our_core_prints() -> None:
+    begun = re.sub(r"(?<=----\n)(.+\n)+", "", SCRIPT)
+    assert "INFO" not in begun
+    assert rewritten(begun) == SCRIPT == rewritten(SCRIPT)
 
 
 def test_a_wrong_line_is_found_in_both_modes() -> None:

@@ -33,6 +33,9 @@ class Directive:
     arguments: list[Argument]
     input: str = ""
     expected: str = ""
+    output_begins: int = 0
+    """The line that follows the first dashes, from 0."""
+    output_ends: int = 0
     named: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,9 +112,16 @@ def directives(text: str) -> Iterator[Directive]:
         if at == len(lines):
             raise ValueError(f"line {begun}: no {DASHES} after {command}")
         at += 1
+        output_begins = at
         expected, at = _expected(lines, at)
         yield Directive(
-            begun, command, arguments, input="\n".join(given).strip(), expected=expected
+            begun,
+            command,
+            arguments,
+            input="\n".join(given).strip(),
+            expected=expected,
+            output_begins=output_begins,
+            output_ends=at,
         )
 
 
