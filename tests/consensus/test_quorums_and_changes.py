@@ -6,16 +6,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import product
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ollamamax_p2p.consensus.core.config_change import (
+    CONF_CHANGE_BYTES_MAX,
     Changer,
     ConfChangeRefused,
     TrackerConfig,
+    conf_change_entry,
+    decode_conf_change,
+    describe_conf_change,
     restore,
 )
-from ollamamax_p2p.consensus.core.messages import ConfChangeSingle, ConfChangeType
+from ollamamax_p2p.consensus.core.messages import (
+    ConfChange,
+    ConfChangeSingle,
+    ConfChangeType,
+    ConfChangeV2,
+    Entry,
+    EntryType,
+)
 from ollamamax_p2p.consensus.core.progress import ProgressMap
 from ollamamax_p2p.consensus.core.quorum import ALL, JointConfig, MajorityConfig, VoteResult
 
@@ -161,6 +173,20 @@ def test_a_snapshot_brings_every_configuration_back(steps: list[tuple[str, Chang
     again, progress_again = restore(empty, config.conf_state())
     assert again == config
     assert progress_again.keys() == progress.keys()
+
+
+def test_a_change_is_bounded_when_it_is_made_and_when_it_is_read():
+    long = ConfChangeV2(context=bytes(CONF_CHANGE_BYTES_MAX))
+    with pytest.raises(ValueError, match="limit"):
+        conf_change_entry(long)
+    entry = Entry(1, 1, EntryType.CONF_CHANGE_V2, bytes(CONF_CHANGE_BYTES_MAX + 1))
+    with pytest.raises(ValueError, match="bytes"):
+        decode_conf_change(entry)
+
+
+def test_a_change_is_logged_with_its_context():
+    change = ConfChange(ConfChangeType.UPDATE_NODE, 3, b"address")
+    assert describe_conf_change(change) == ('type:ConfChangeUpdateNode node_id:3 context:"address"')
 
 
 @given(CHANGES, CHANGES)

@@ -174,8 +174,7 @@ class _Draft:
                     self._make_learner(change.node_id)
                 case ConfChangeType.REMOVE_NODE:
                     self._remove(change.node_id)
-                case ConfChangeType.UPDATE_NODE:
-                    pass
+                # UPDATE_NODE changes nothing here.
         if not self.incoming:
             raise ConfChangeRefused("removed all voters")
 
