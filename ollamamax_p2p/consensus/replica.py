@@ -66,6 +66,7 @@ from ollamamax_p2p.consensus.core.sessions import (
     ClientSession,
     SessionPool,
 )
+from ollamamax_p2p.consensus.core.tracing import TraceSink
 from ollamamax_p2p.consensus.log_storage import LogStorage
 from ollamamax_p2p.consensus.settings import ConsensusSettings
 from ollamamax_p2p.consensus.state_machine import StateMachine
@@ -175,6 +176,7 @@ async def open_replica(
     session_ended: Callable[[bytes], bool] = SESSION_ENDED.__eq__,
     name_of: Callable[[int], str] = "node {}".format,
     logger: Logger | None = None,
+    trace: TraceSink | None = None,
 ) -> AsyncIterator["Replica"]:
     """Run this node's replica for as long as the block is open; log and state machine stay the
     caller's, who closes them.
@@ -185,6 +187,7 @@ async def open_replica(
     blocking: False calls log and state machine in the loop: for those in RAM, and where a virtual
     clock would not wait for a thread.
     session_ended: tells from a result that the state machine does not know the command's session.
+    trace: gets the events of the core, see docs/protocols/raft-trace.md.
     Raises LogDamaged if log and state machine do not belong together; LocalTrouble of both.
     """
     begun = snapshot_to_adopt(log, state_machine.applied_index, state_machine.newest_snapshot())
@@ -198,6 +201,7 @@ async def open_replica(
         settings=settings,
         rng=rng,
         logger=logger,
+        trace=trace,
         name_of=name_of,
     )
     replica = Replica(drive, log, state_machine, settings, session_ended)

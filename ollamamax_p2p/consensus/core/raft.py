@@ -1187,7 +1187,7 @@ class Raft:
     def _switch_to(self, config: TrackerConfig, progress: ProgressMap) -> ConfState:
         if self.config.trace:
             new = [str(node) for node in sorted(config.voters.incoming)]
-            self._trace("ApplyConfChange", prop={"cc": {"newconf": new}})
+            self._trace("ApplyConfChange", prop={"cc": {"newconf": new} if new else {}})
         self.tracker.switch_to(config, progress)
         self._journal.info(f"{self.id:x} switched to configuration {config}")
         own = progress.get(self.id)
