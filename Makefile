@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 MODEL ?=
 DEMO_MODEL_DIR := .demo/model
 
-.PHONY: demo test check format soak bench clean prerequisites
+.PHONY: demo test core-coverage check format soak bench clean prerequisites
 
 demo: $(VENV)/.installed $(if $(MODEL),,$(DEMO_MODEL_DIR)/.fetched)
 	@$(BIN)/omx demo --model "$(or $(MODEL),$(DEMO_MODEL_DIR))"
@@ -15,12 +15,24 @@ demo: $(VENV)/.installed $(if $(MODEL),,$(DEMO_MODEL_DIR)/.fetched)
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest
 
+# Every branch of what decides, the core/ folders, is reached by an example: property tests do not count, because what they
+# reach depends on luck. A minute or so.
+CORE_TESTS := $(addprefix tests/,cluster consensus content discovery identity transfer)
+CORE_TESTS_NOT := $(addprefix --ignore=tests/,consensus/test_log_damage.py consensus/test_file_log.py \
+  consensus/test_snapshot_streams.py consensus/test_stream_transport.py discovery/test_finder.py transfer/test_serve.py \
+  transfer/test_liars.py)
+core-coverage: $(VENV)/.installed-dev
+	@$(BIN)/coverage run --rcfile=/dev/null --data-file=.coverage.core --branch --include='ollamamax_p2p/*/core/*' -m pytest -q -p no:cacheprovider \
+	  -m 'not hypothesis and not network and not counterpart' $(CORE_TESTS) $(CORE_TESTS_NOT)
+	@$(BIN)/coverage report --rcfile=/dev/null --data-file=.coverage.core --show-missing --skip-covered --fail-under=100
+
 # The order is from the quickest answer to the slowest; the first failure ends it.
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
+	@$(MAKE) --no-print-directory core-coverage
 	@$(MAKE) --no-print-directory test
 
 format: $(VENV)/.installed-dev

@@ -6,13 +6,13 @@ python -m tests.consensus.rewrite_transcripts tests/vectors/raft/*.txt
 import sys
 from pathlib import Path
 
-from tests.consensus.interaction import Interaction
+from tests.consensus.runners import runner_for
 from tests.consensus.transcript_format import DASHES, directives
 
 
 def rewritten(script: str) -> str:
     """The script with our output in place of what stands there."""
-    lines, run = script.split("\n"), Interaction()
+    lines, run = script.split("\n"), runner_for(script)
     parts: list[str] = []
     written = 0
     for directive in directives(script):

@@ -83,6 +83,13 @@ def test_a_vote_is_decided_when_no_missing_vote_can_change_it(
     assert joint(halves).vote_result(votes) is expected
 
 
+def test_two_joint_configurations_are_equal_if_both_their_halves_are() -> None:
+    one, two = frozenset({1, 2}), frozenset({3})
+    assert joint((one, two)) == joint((one, two))
+    assert joint((one, two)) != joint((two, one))
+    assert joint((one, two)) != one
+
+
 # -- changes
 
 

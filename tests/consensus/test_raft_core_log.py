@@ -124,6 +124,17 @@ def test_nothing_of_an_old_term_is_committed_by_counting() -> None:
     assert not log.maybe_commit((2, 2))
 
 
+def test_the_hint_of_a_log_that_begins_behind_a_snapshot() -> None:
+    storage = RamLog()
+    storage.install_snapshot(Snapshot(SnapshotMetadata(5, 3, ConfState((1,)))))
+    log = RaftLog(storage, NoLogger())
+    log.append([Entry(3, 6), Entry(5, 7)])
+    assert log.find_conflict_by_term(7, 4) == (3, 6)
+    assert log.find_conflict_by_term(7, 2) == (0, 4)  # Where the two may agree is not known here.
+    assert log.find_conflict_by_term(4, 9) == (0, 4)
+    assert log.find_conflict_by_term(8, 9) == (0, 8)
+
+
 terms = st.lists(st.integers(1, 4), max_size=8).map(sorted)
 
 

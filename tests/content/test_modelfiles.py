@@ -120,6 +120,7 @@ def test_values_are_unquoted_as_ollama_does(value, read):
         ("FROM x\nPARAMETER temperature hot", 2, "must be a number"),
         ("FROM x\nPARAMETER temperature nan", 2, "must be a number"),
         ("FROM x\nPARAMETER temperature 1e400", 2, "out of range"),
+        ("FROM x\nPARAMETER temperature 1e300", 2, "out of range"),
         ("FROM x\nPARAMETER use_mmap maybe", 2, "must be true or false"),
         ("FROM x\n\n# c\nPARAMETER wings 2", 4, "unknown parameter 'wings'"),
         ("FROM x\nMESSAGE robot hi", 2, "unknown role 'robot'"),

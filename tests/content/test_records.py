@@ -41,6 +41,22 @@ def test_ranges_hold_what_a_set_of_bytes_would(steps):
         assert gaps == set(range(50)) - model
 
 
+def test_what_is_taken_out_of_a_range_leaves_the_rest():
+    ranges = Ranges([(0, 10), (20, 30)])
+    ranges.add(5, 5)
+    ranges.remove(7, 7)
+    ranges.remove(12, 18)
+    assert ranges == Ranges([(0, 10), (20, 30)])
+    ranges.remove(4, 6)
+    assert list(ranges) == [(0, 4), (6, 10), (20, 30)]
+    ranges.remove(5, 25)
+    assert (list(ranges), ranges.total) == ([(0, 4), (25, 30)], 9)
+    assert ranges.gaps(40) == [(4, 25), (30, 40)]
+    assert ranges.covers(3, 3)
+    assert ranges.covers(26, 30)
+    assert not ranges.covers(3, 26)
+
+
 def test_ranges_that_meet_become_one():
     ranges = Ranges([(0, 5), (10, 15), (5, 10)])
     assert list(ranges) == [(0, 15)]

@@ -26,6 +26,32 @@ def test_a_peer_id_is_its_public_key(public_key):
     assert public_key_of(peer) == public_key
 
 
+def test_one_peer_id_and_its_key():
+    assert parse_peer_id(PEER) == PEER
+    assert public_key_of(PEER) == bytes(range(32))
+
+
+def test_a_key_of_another_length_has_no_peer_id():
+    with pytest.raises(ValueError, match="32 bytes, not 31"):
+        peer_id_of(bytes(31))
+
+
+@pytest.mark.parametrize("text", ["", "0" * 52, "1" * 52, PEER[:-1], PEER + "x"])
+def test_what_is_no_peer_id_is_refused(text):
+    with pytest.raises(BadPeerId):
+        parse_peer_id(text)
+
+
+def test_an_address_says_where_and_who():
+    address = parse_address(f"/ip4/192.0.2.7/tcp/4001/p2p/{PEER}")
+    assert (address.transport, address.peer) == ("/ip4/192.0.2.7/tcp/4001", PEER)
+    assert str(address) == f"/ip4/192.0.2.7/tcp/4001/p2p/{PEER}"
+    with pytest.raises(BadAddress, match="does not end"):
+        parse_address("/ip4/192.0.2.7/tcp/4001")
+    with pytest.raises(BadAddress, match="longer"):
+        parse_address("/ip4/192.0.2.7" * 1_000)
+
+
 @settings(max_examples=10_000, deadline=None)
 @given(st.text(max_size=60) | st.text(min_size=44, max_size=44).map("12D3KooW".__add__))
 def test_any_text_is_a_peer_id_or_bad(text):

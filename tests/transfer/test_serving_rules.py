@@ -221,6 +221,12 @@ def test_any_bits_are_chunks_or_misbehaviour(bits, count):
     assert all(chunk < count for chunk in chunks)
 
 
+@pytest.mark.parametrize(("bits", "problem"), [(b"\x01", "chunk 7 of 3"), (b"", "0 bytes of bits")])
+def test_bits_for_chunks_that_are_none_are_misbehaviour(bits, problem):
+    with pytest.raises(PeerMisbehaved, match=problem):
+        decode_bits(bits, 3)
+
+
 # -- turns -------------------------------------------------------------------------------------
 
 
@@ -292,6 +298,14 @@ def test_a_rejected_map_is_not_tried_again_and_its_vouchers_are_named():
     assert votes.is_rejected(two)
     assert votes.best() == one
     assert votes.reject(digest_of(b"3")) == []
+
+
+def test_a_map_has_served_once_a_chunk_was_right_by_it():
+    votes = MapVotes(random.Random(0))
+    votes.claims("a", digest_of(b"1"), complete=True)
+    assert not votes.has_served(digest_of(b"1"))
+    votes.supplied("a", digest_of(b"1"))
+    assert votes.has_served(digest_of(b"1"))
 
 
 def test_a_peer_that_vouches_for_a_second_map_misbehaves():

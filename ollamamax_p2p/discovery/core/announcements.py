@@ -39,10 +39,6 @@ class Announcements:
         self._told: dict[PeerId, int] = {}
         self._offered: dict[PeerId, Page] = {}
 
-    def held(self) -> list[Digest]:
-        """What is announced now, oldest change first."""
-        return [digest for digest, change in self._changes.items() if change.held]
-
     def holds(self, digest: Digest) -> bool:
         """Whether it is announced now."""
         change = self._changes.get(digest)
