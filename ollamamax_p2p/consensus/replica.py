@@ -324,6 +324,11 @@ class Replica:
         """
         return (await self._answer(self._drive.propose_conf_change(change, data))).result
 
+    def campaign(self) -> None:
+        """Hold an election now, without waiting for a leader's silence; for the only voter."""
+        self._drive.campaign()
+        self._wake()
+
     async def transfer_leader(self, raft_id: int) -> None:
         """Let this voter lead; returns when somebody else does. Raises NotLeader; DeadlineExceeded
         if it has not happened within two election timeouts.
