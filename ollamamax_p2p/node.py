@@ -178,7 +178,7 @@ def forget_swarm(config: NodeConfig) -> bool:
         path = _membership_path(config)
         was_in_one = path.exists()
         remove_secret(path)
-        forget_other_clusters(config.data_dir, b"")
+        forget_other_clusters(config.data_dir, None)
         forget_remembered_peers(config.data_dir)
     return was_in_one
 

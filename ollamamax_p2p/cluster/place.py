@@ -46,7 +46,11 @@ class Place(msgspec.Struct, frozen=True):
 
 def cluster_folder(data_dir: Path, swarm_id: bytes) -> Path:
     """Where this node keeps its part in the cluster of a swarm."""
-    return data_dir / "cluster" / swarm_id.hex()
+    return _clusters(data_dir) / swarm_id.hex()
+
+
+def _clusters(data_dir: Path) -> Path:
+    return data_dir / "cluster"
 
 
 def place_path(folder: Path) -> Path:
@@ -116,11 +120,13 @@ def forget_cluster(folder: Path) -> None:
         _log.warning("cannot remove what is left of a former cluster: %s", error)
 
 
-def forget_other_clusters(data_dir: Path, swarm_id: bytes) -> None:
-    """Remove what is left of clusters that this node was in before."""
-    kept = cluster_folder(data_dir, swarm_id)
+def forget_other_clusters(data_dir: Path, swarm_id: bytes | None) -> None:
+    """Remove what is left of clusters that this node was in before. swarm_id: of the present one;
+    None: it is in none.
+    """
+    kept = "" if swarm_id is None else swarm_id.hex()
     try:
-        folders = [each for each in kept.parent.iterdir() if each != kept]
+        folders = [each for each in _clusters(data_dir).iterdir() if each.name != kept]
     except OSError:
         return
     for folder in folders:
