@@ -23,15 +23,18 @@ if TYPE_CHECKING:
         PeerInfo,
         examine_machine,
     )
+    from ollamamax_p2p.cluster import ClusterMember, ClusterStatus
     from ollamamax_p2p.config import NodeConfig, load_config
     from ollamamax_p2p.errors import OmxError
-    from ollamamax_p2p.node import Node, check_ticket, open_node
+    from ollamamax_p2p.node import Node, check_ticket, forget_swarm, open_node
     from ollamamax_p2p.observability import Event
     from ollamamax_p2p.transfer import PullProgress, PullReport, SourceShare
 
     __version__: str
 
 _HOMES = {
+    "ClusterMember": "cluster",
+    "ClusterStatus": "cluster",
     "Event": "observability",
     "Finding": "api",
     "Invitation": "api",
@@ -49,11 +52,14 @@ _HOMES = {
     "SourceShare": "transfer",
     "check_ticket": "node",
     "examine_machine": "api",
+    "forget_swarm": "node",
     "load_config": "config",
     "open_node": "node",
 }
 
 __all__ = [
+    "ClusterMember",
+    "ClusterStatus",
     "Event",
     "Finding",
     "Invitation",
@@ -72,6 +78,7 @@ __all__ = [
     "__version__",
     "check_ticket",
     "examine_machine",
+    "forget_swarm",
     "load_config",
     "open_node",
 ]

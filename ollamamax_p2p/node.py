@@ -313,12 +313,12 @@ class Node:
         )
         return ModelDetails(layers=layers, **described)
 
-    async def copy(self, source: str, destination: str) -> None:
+    async def copy(self, source: str, destination: str) -> ModelInfo:
         """Give a model a second name. Raises BadName, ModelNotFound, StoreReadOnly."""
         to = parse_model_name(destination)
         transfer = self._now.transfer
         await transfer.put_manifest(to, await self._store.manifest(parse_model_name(source)))
-        await self._made_here(to)
+        return await self._made_here(to)
 
     async def remove(self, name: str) -> None:
         """Remove a name, and the blobs that no other needs. Raises BadName, ModelNotFound."""

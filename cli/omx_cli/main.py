@@ -8,7 +8,14 @@ from typing import Annotated, Any, TextIO, cast
 
 import typer
 
-from omx_cli import config_commands, demo, doctor, model_commands, swarm_commands
+from omx_cli import (
+    cluster_commands,
+    config_commands,
+    demo,
+    doctor,
+    model_commands,
+    swarm_commands,
+)
 from omx_cli.output import drop, tell
 
 app = typer.Typer(
@@ -39,6 +46,7 @@ app.command("leave")(swarm_commands.leave)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.command("version")(swarm_commands.version)
+app.add_typer(cluster_commands.app, name="cluster")
 app.add_typer(config_commands.app, name="config")
 
 

@@ -173,7 +173,7 @@ class ServedNode(Protocol):
     async def show(self, name: str) -> ModelDetails:
         """Raises BadName, ModelNotFound."""
 
-    async def copy(self, source: str, destination: str) -> None:
+    async def copy(self, source: str, destination: str) -> ModelInfo:
         """Give a model a second name. Raises BadName, ModelNotFound, StoreReadOnly."""
 
     async def remove(self, name: str) -> None:

@@ -35,6 +35,8 @@ FLAGS: Mapping[str, str] = {
     "host.listen": "--listen",
     "discovery.bootstrap": "--bootstrap",
     "discovery.mdns": "--no-mdns",
+    "cluster.region": "--region",
+    "cluster.voter": "--voter",
 }
 """The flags that `omx` has for settings."""
 

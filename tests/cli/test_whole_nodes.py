@@ -243,3 +243,21 @@ async def test_a_taken_data_folder_and_a_taken_port_are_named(tmp_path):
     assert ended.code == 4
     assert "--listen" in ended.err
     assert ended.err.count("\n") == 1
+
+
+async def test_a_node_that_cannot_start_forgets_its_swarm_and_nothing_else(tmp_path):
+    data_dir = tmp_path / "d"  # with the models in it, as `environment` has them
+    assert (await omx_on(data_dir, "import", str(gguf(tmp_path / "a.gguf", 10)), "tiny")).code == 0
+    key = (data_dir / "node-key").read_bytes()
+    (place,) = (data_dir / "cluster").glob("*/place")
+    place.write_text("damaged")
+    ended = await omx_on(data_dir, "up")
+    assert (ended.code, ended.err.count("\n")) == (4, 1)
+    assert "`omx leave --force` here" in ended.err
+    ended = await omx_on(data_dir, "leave", "--force")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith("forgot the swarm: ")
+    assert not [*(data_dir / "cluster").glob("*")]
+    assert (data_dir / "node-key").read_bytes() == key
+    assert (data_dir / "store").is_dir()
+    assert [*(data_dir / "models" / "manifests").rglob("latest")]
