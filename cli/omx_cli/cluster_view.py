@@ -151,7 +151,7 @@ def _health_table(status: "ClusterStatus", connected: Collection[str], columns: 
             ids[each.peer_id],
             _role(each),
             each.region or "-",
-            "-" if each.lag is None or not status.has_quorum else str(each.lag),
+            _lag(each, status),
             _contact(each, status, connected),
         ]
         for each in status.members
@@ -174,11 +174,17 @@ def _vote(member: "ClusterMember") -> str:
     return "may" if member.may_vote else "may not"
 
 
+def _lag(member: "ClusterMember", status: "ClusterStatus") -> str:
+    """What the leader does not know of a member that it has not heard of, it takes for all."""
+    is_known = member.role == "leader" or member.last_contact_s is not None
+    return str(member.lag) if is_known and status.has_quorum else "-"
+
+
 def _contact(member: "ClusterMember", status: "ClusterStatus", connected: Collection[str]) -> str:
     """When the leader heard of it; where no leader says so, whether it is connected here."""
     if status.has_quorum and member.role == "leader":
         return "-"
-    if status.has_quorum and member.last_contact_s is not None:
+    if status.has_quorum and member.lag is not None:
         return _ago(member.last_contact_s)
     if member.peer_id == status.peer_id:
         return "this node"

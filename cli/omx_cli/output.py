@@ -71,7 +71,7 @@ def fitting_table(
     head: Sequence[str], rows: Sequence[Sequence[str]], columns: int, spare: Sequence[str]
 ) -> str:
     """A table no wider than the terminal: with smaller gaps, then without the spare columns, the
-    first of them first; what is too wide even then has its first column cut.
+    first of them first, then with its first column cut; what is too wide even so is left whole.
     """
     text = table(head, rows)
     if _width(text) <= columns:
@@ -84,7 +84,8 @@ def fitting_table(
         fewer = [[row[at] for at in kept] for row in rows]
         return fitting_table([head[at] for at in kept], fewer, columns, spare[1:])
     room = max(len(row[0]) for row in rows) - (_width(text) - columns)
-    room = max(room, len(head[0]))
+    if room < len(head[0]):
+        return text
     return table(head, [[_cut(row[0], room), *row[1:]] for row in rows], 2)
 
 

@@ -79,6 +79,13 @@ def test_a_leader_that_does_not_tell_is_not_taken_for_silence():
     assert text == "quorum: there is a leader; it has not said how many of 3 voters answer"
 
 
+def test_of_a_member_that_the_leader_never_heard_nothing_is_invented():
+    silent = replace(THREE_MEMBERS[2], lag=120, last_contact_s=None)
+    status = cluster_status((*THREE_MEMBERS[:2], silent))
+    assert quorum_text(status) == "quorum: 2 of 3 voters answer; none may fail"
+    assert status_text(status, (), 200).splitlines()[-1].split()[-2:] == ["-", "never"]
+
+
 def test_a_newcomer_and_a_removed_node_are_told_what_they_are():
     new = cluster_status((), role="follower", leader="", last_contact_s=None, has_quorum=False)
     assert quorum_text(new).startswith("NO QUORUM yet: this node has just joined")
@@ -146,11 +153,16 @@ def test_a_narrow_terminal_is_not_overrun(columns):
     assert "ROLE" in table[0]
 
 
-@given(
-    st.lists(st.tuples(st.text("ab", min_size=1, max_size=30), st.text("c", max_size=9))),
-    st.integers(20, 60),
-)
-def test_a_table_fits_or_has_nothing_left_to_give(rows, columns):
+ROWS = st.lists(st.tuples(st.text("ab", min_size=1, max_size=30), st.text("c", max_size=9)))
+
+
+@given(ROWS, st.integers(20, 60))
+def test_a_table_fits_where_cutting_names_is_enough(rows, columns):
     text = fitting_table(["NAME", "X"], [list(row) for row in rows], columns, [])
     assert all(len(line) <= columns for line in text.splitlines())
     assert len(text.splitlines()) == len(rows) + 1
+
+
+def test_a_table_that_cannot_fit_loses_no_name_for_nothing():
+    shown = fitting_table(["NAME", "PEER"], [["alice", PEER]], 40, [])
+    assert shown.splitlines()[1] == f"alice  {PEER}"
