@@ -353,17 +353,6 @@ class ClusterState:
             )
         return _state_hash(total % _HASH_SPACE, self.conf_state)
 
-    def force_conf_state(self, conf_state: ConfState) -> None:
-        """Replace the configuration by hand, durably: for `omx cluster recover` alone, which has
-        told what may be lost.
-        """
-        with self._writing:
-            facts = Facts(self.applied_index, self.applied_term, conf_state, self._tables.rows_hash)
-            with self._durably(), self._transaction():
-                schema.write_facts(self._connection, facts)
-            self.conf_state = conf_state
-            self._show()
-
     # -- snapshots -----------------------------------------------------------------------------
 
     def make_snapshot(self, term: int) -> SnapshotMetadata:
@@ -444,6 +433,8 @@ class ClusterState:
         try:
             if not self._snapshots.is_whole(offer):
                 raise StoreDamaged(str(self._snapshots.partial), "not the snapshot that was sent")
+            # Whoever opens this folder next may need it, to begin the log anew behind it.
+            self._snapshots.sync_received()
             self._install(self._snapshots.partial, metadata)
         except StoreDamaged:
             self._snapshots.give_up()
