@@ -23,11 +23,13 @@ if TYPE_CHECKING:
         PeerInfo,
         examine_machine,
     )
-    from ollamamax_p2p.cluster import ClusterMember, ClusterStatus
+    from ollamamax_p2p.cluster import ClusterMember, ClusterStatus, Recovery, RecoveryPlan
     from ollamamax_p2p.config import NodeConfig, load_config
+    from ollamamax_p2p.consensus import LogReport
     from ollamamax_p2p.errors import OmxError
     from ollamamax_p2p.node import Node, check_ticket, forget_swarm, open_node
     from ollamamax_p2p.observability import Event
+    from ollamamax_p2p.offline import check_raft_log, prepare_recovery
     from ollamamax_p2p.transfer import PullProgress, PullReport, SourceShare
 
     __version__: str
@@ -40,6 +42,7 @@ _HOMES = {
     "Invitation": "api",
     "JoinReport": "api",
     "LocalClient": "api",
+    "LogReport": "consensus",
     "ModelDetails": "api",
     "ModelInfo": "api",
     "Node": "node",
@@ -49,12 +52,16 @@ _HOMES = {
     "PeerInfo": "api",
     "PullProgress": "transfer",
     "PullReport": "transfer",
+    "Recovery": "cluster",
+    "RecoveryPlan": "cluster",
     "SourceShare": "transfer",
+    "check_raft_log": "offline",
     "check_ticket": "node",
     "examine_machine": "api",
     "forget_swarm": "node",
     "load_config": "config",
     "open_node": "node",
+    "prepare_recovery": "offline",
 }
 
 __all__ = [
@@ -65,6 +72,7 @@ __all__ = [
     "Invitation",
     "JoinReport",
     "LocalClient",
+    "LogReport",
     "ModelDetails",
     "ModelInfo",
     "Node",
@@ -74,13 +82,17 @@ __all__ = [
     "PeerInfo",
     "PullProgress",
     "PullReport",
+    "Recovery",
+    "RecoveryPlan",
     "SourceShare",
     "__version__",
+    "check_raft_log",
     "check_ticket",
     "examine_machine",
     "forget_swarm",
     "load_config",
     "open_node",
+    "prepare_recovery",
 ]
 
 

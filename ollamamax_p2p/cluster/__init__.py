@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         has_place,
         save_admission,
     )
+    from ollamamax_p2p.cluster.recovery import Recovery, RecoveryPlan, open_recovery
     from ollamamax_p2p.cluster.shared_catalogue import (
         AgreedProviders,
         SharedCatalogue,
@@ -47,6 +48,8 @@ __all__ = [
     "ClusterState",
     "ClusterStateSettings",
     "ClusterStatus",
+    "Recovery",
+    "RecoveryPlan",
     "RoleWish",
     "SharedCatalogue",
     "TicketsSummary",
@@ -58,6 +61,7 @@ __all__ = [
     "may_vote",
     "open_cluster",
     "open_cluster_state",
+    "open_recovery",
     "open_shared_catalogue",
     "printable_name",
     "save_admission",
@@ -79,6 +83,9 @@ _HOME = {
     "has_place": "place",
     "save_admission": "place",
     "AgreedProviders": "shared_catalogue",
+    "Recovery": "recovery",
+    "RecoveryPlan": "recovery",
+    "open_recovery": "recovery",
     "SharedCatalogue": "shared_catalogue",
     "open_shared_catalogue": "shared_catalogue",
 }
