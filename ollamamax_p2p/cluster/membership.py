@@ -49,6 +49,7 @@ from ollamamax_p2p.cluster.core.commands import (
     Result,
     RoleWish,
     RotateSwarmKey,
+    SetClock,
     SetSetting,
     SettingValue,
     UpdateMember,
@@ -458,6 +459,13 @@ class Cluster:
         if problem:
             raise BadInput(f"{key}: {problem}, not {value!r}")
         await self.change(SetSetting(key=key, value=given))
+
+    async def set_clock(self) -> int:
+        """Have the cluster take this node's clock for the time, which one that was wrong may have
+        driven ahead; gives it, Unix seconds. All tickets are withdrawn; leases keep what time they
+        had left. Raises NetworkTrouble.
+        """
+        return (await self.change(SetClock(now=self._now()))).number
 
     async def rotate_swarm_key(self, *, force: bool) -> tuple[str, ...]:
         """Have a new pre-shared key agreed on; gives the names of members that will not learn of it

@@ -19,7 +19,6 @@ from ollamamax_p2p.cluster import (
 )
 from ollamamax_p2p.cluster.core.commands import SetSetting
 from ollamamax_p2p.consensus import ConsensusSettings
-from ollamamax_p2p.errors import OmxError
 from ollamamax_p2p.host import (
     Connections,
     HostSettings,
@@ -47,7 +46,8 @@ class Machine:
         self.host: SimulatedHost = network.add_host(folder.name, swarm_key=KEY)
         self.peer = self.host.peer_id
         self.may_vote = may_vote
-        self.error: OmxError | None = None
+        self.clock_ahead_s = 0
+        """How wrong its wall clock is."""
         self.cluster: Cluster | None = None
         self.connections: Connections | None = None
         self._network = network
@@ -64,6 +64,9 @@ class Machine:
         self._scope.cancel()
         await self._over.wait()
         self._network.revive(self.host)
+
+    def wall_clock(self) -> float:
+        return wall_clock() + self.clock_ahead_s
 
     @property
     def up(self) -> Cluster:
@@ -89,7 +92,7 @@ class Machine:
                         SETTINGS,
                         rng=random.Random(self.host.name),
                         feed=feed,
-                        wall_clock=wall_clock,
+                        wall_clock=self.wall_clock,
                     ) as cluster,
                     open_connections(
                         self.host,
@@ -98,7 +101,7 @@ class Machine:
                         rng=random.Random(self.host.name),
                         feed=feed,
                         agent=self.host.name,
-                        wall_clock=wall_clock,
+                        wall_clock=self.wall_clock,
                         gate=cluster,
                     ) as connections,
                     cluster.following(connections),
@@ -156,9 +159,8 @@ class Machines:
     async def voters(self, *voting: Machine) -> None:
         """Returns once these are the voters, and every machine that runs knows it."""
         wanted = {machine.peer for machine in voting}
-        for machine in self.all:
-            if machine.cluster is not None:
-                await until(lambda each=machine: voters_of(each) == wanted)
+        running = [machine for machine in self.all if machine.cluster is not None]
+        await until(lambda: all(voters_of(machine) == wanted for machine in running))
 
 
 def voters_of(machine: Machine) -> set[str | None]:
