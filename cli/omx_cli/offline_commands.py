@@ -47,13 +47,14 @@ def wal_check(
 
 def _say_log(report: "LogReport") -> None:
     used = sum(segment.used_bytes for segment in report.segments)
+    last = max(report.last_index, report.snapshot_index)
     entries = f"{report.first_index:,} to {report.last_index:,}" if report.last_index else "none"
     rows = [
         ("log", report.folder),
-        ("entries", entries),
-        ("agreed", f"up to {report.commit:,}, as far as this log says"),
-        ("term", f"{report.term:,}"),
+        ("last entry", f"{last:,}, of term {report.last_term:,}"),
+        ("agreed on", f"up to {report.commit:,} at least"),
         ("snapshot", f"up to {report.snapshot_index:,}" if report.snapshot_index else "none"),
+        ("entries", entries),
         ("files", f"{len(report.segments)}, {human_bytes(used)} used"),
     ]
     say(_verdict(report))
@@ -97,6 +98,7 @@ def recover(
     For a node that is stopped. See docs/runbooks/lost-quorum.md before.
     """
     from ollamamax_p2p import load_config, prepare_recovery
+    from omx_cli.running import Interrupted
 
     if not discard_other_voters:
         raise typer.BadParameter(
@@ -111,8 +113,8 @@ def recover(
     with prepare_recovery(settings) as recovery:
         if not as_json:
             tell(_warning(recovery.plan))
-        if not yes:
-            typer.confirm("Recover?", abort=True, err=True)
+        if not yes and not typer.confirm("Recover?", err=True):
+            raise Interrupted("nothing was changed")
         recovery.carry_out()
     if as_json:
         say_json(recovery.plan)
