@@ -33,7 +33,8 @@ from ollamamax_p2p.observability import EventFeed
 KEY = b"k" * 32
 SWARM_ID = b"i" * 16
 STARTS_AT = 1_800_000_000
-SETTINGS = ConsensusSettings()
+SETTINGS = ConsensusSettings(segment_bytes=64 * 1024)
+"""Small files: some tests copy a node's folder often."""
 
 
 class Machine:
@@ -125,6 +126,7 @@ class Machines:
         self.network = network
         self._nursery = nursery
         self._folder = folder
+        self._tickets = 0
         self.all: list[Machine] = []
 
     def __getitem__(self, index: int) -> Machine:
@@ -139,15 +141,19 @@ class Machines:
 
     async def add(self, *, may_vote: bool = True) -> Machine:
         """By a ticket of the founder's, as `omx join` would."""
-        founder = self.all[0]
         machine = self._machine(may_vote=may_vote)
-        secret = len(self.all).to_bytes(16, "big")
-        await founder.up.issue_ticket(secret, uses=1, expires_at=int(wall_clock()) + 3600)
-        save_admission(machine.folder, await founder.up.redeem(secret, machine.peer))
+        await self.admit(machine, self.all[0])
+        return machine
+
+    async def admit(self, machine: Machine, at: Machine) -> None:
+        """By a ticket that the other one issues."""
+        self._tickets += 1
+        secret = self._tickets.to_bytes(16, "big")
+        await at.up.issue_ticket(secret, uses=1, expires_at=int(wall_clock()) + 3600)
+        save_admission(machine.folder, await at.up.redeem(secret, machine.peer))
         await machine.start()
         assert machine.connections is not None
-        await machine.connections.reach(founder.host.addresses)
-        return machine
+        await machine.connections.reach(at.host.addresses)
 
     def _machine(self, *, may_vote: bool) -> Machine:
         folder = self._folder / f"m{len(self.all) + 1}"
