@@ -1,5 +1,6 @@
 """`omx cluster recover` and `omx cluster wal check`, on folders of nodes that do not run."""
 
+import fcntl
 import json
 import os
 import pty
@@ -121,6 +122,14 @@ def test_a_node_that_is_no_member_has_nothing_to_recover(data, capsys):
     line = ["cluster", "recover", "--unsafe-discard-other-voters", "--yes", "--data-dir", str(data)]
     assert run(line) == 3
     assert "member of no cluster" in capsys.readouterr().err
+
+
+def test_a_node_that_runs_is_not_recovered(data, log_folder, capsys):
+    with (data / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = ["cluster", "recover", "--unsafe-discard-other-voters", "--yes"]
+        assert run([*line, "--data-dir", str(data)]) == 4
+    assert "a node already runs on" in capsys.readouterr().err
 
 
 def becomes(machine: Machine, data: Path) -> Path:
