@@ -14,6 +14,7 @@ from omx_cli import (
     demo,
     doctor,
     model_commands,
+    offline_commands,
     swarm_commands,
 )
 from omx_cli.output import drop, tell
@@ -47,6 +48,8 @@ app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.command("version")(swarm_commands.version)
 app.add_typer(cluster_commands.app, name="cluster")
+cluster_commands.app.command("recover")(offline_commands.recover)
+cluster_commands.app.add_typer(offline_commands.wal, name="wal")
 app.add_typer(config_commands.app, name="config")
 
 

@@ -30,12 +30,11 @@ def wal_check(
 
     Exit code 0: a node can start with it. 4: it is damaged.
     """
-    from ollamamax_p2p import check_raft_log, load_config
+    from ollamamax_p2p import check_raft_log
     from omx_cli.exit_codes import LOCAL
+    from omx_cli.running import load
 
-    settings = load_config(
-        flags=node_flags(data_dir=data_dir), file=Path(config) if config else None
-    )
+    settings = load(node_flags(data_dir=data_dir), config)
     report = check_raft_log(settings, Path(log) if log else None)
     if as_json:
         say_json(report)
@@ -97,8 +96,8 @@ def recover(
 
     For a node that is stopped. See docs/runbooks/lost-quorum.md before.
     """
-    from ollamamax_p2p import load_config, prepare_recovery
-    from omx_cli.running import Interrupted
+    from ollamamax_p2p import prepare_recovery
+    from omx_cli.running import Interrupted, load
 
     if not discard_other_voters:
         raise typer.BadParameter(
@@ -107,9 +106,7 @@ def recover(
         )
     if not yes and (as_json or not sys.stdin.isatty()):
         raise typer.BadParameter("nobody can be asked here; --yes says that you are sure")
-    settings = load_config(
-        flags=node_flags(data_dir=data_dir), file=Path(config) if config else None
-    )
+    settings = load(node_flags(data_dir=data_dir), config)
     with prepare_recovery(settings) as recovery:
         if not as_json:
             tell(_warning(recovery.plan))
