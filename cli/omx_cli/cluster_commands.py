@@ -1,5 +1,5 @@
 """omx cluster status | members | promote | demote | auto | remove | transfer-leader | snapshot |
-rotate-key | set.
+rotate-key | set-clock | set.
 """
 
 import math
@@ -243,6 +243,30 @@ def rotate_key(
         say("the nodes take it over in a few seconds and connect anew; pulls then go on")
         for each in away:
             say(f"away, needs a new ticket to come back: {each}")
+
+    _change(data_dir, config, ask)
+
+
+@app.command("set-clock")
+def set_clock(
+    data_dir: options.DataDir = None,
+    config: options.ConfigFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Have the cluster take this node's clock for the time, after one that was wrong drove it
+    ahead. Withdraws all tickets.
+    """
+    from datetime import UTC, datetime
+
+    async def ask(client: "LocalClient") -> None:
+        clock = await _agreed(client, client.set_clock)
+        if as_json:
+            say_json({"clock": clock})
+            return
+        say(
+            f"the cluster's clock reads {datetime.fromtimestamp(clock, UTC):%Y-%m-%dT%H:%M:%SZ} now"
+        )
+        say("all tickets are withdrawn; `omx invite` makes new ones")
 
     _change(data_dir, config, ask)
 

@@ -57,6 +57,7 @@ ROUTES = (
     ApiRoute("POST", f"{PREFIX}/cluster/transfer-leader", "transfer_leader"),
     ApiRoute("POST", f"{PREFIX}/cluster/snapshot", "snapshot"),
     ApiRoute("POST", f"{PREFIX}/cluster/rotate-key", "rotate_swarm_key"),
+    ApiRoute("POST", f"{PREFIX}/cluster/set-clock", "set_clock"),
     ApiRoute("POST", f"{PREFIX}/cluster/set", "set_cluster_setting"),
     ApiRoute("POST", f"{PREFIX}/cluster/withdraw-tickets", "withdraw_tickets"),
     ApiRoute("POST", f"{PREFIX}/stop", "stop"),

@@ -167,6 +167,10 @@ class LocalClient:
         """Give the swarm a new key; gives the names of members that will need a new ticket."""
         return (await self._ask("POST", "/cluster/rotate-key", _Away, {"force": force})).away
 
+    async def set_clock(self) -> int:
+        """Have the cluster take that node's clock for the time; gives it, Unix seconds."""
+        return (await self._ask("POST", "/cluster/set-clock", dict[str, int], {}))["clock"]
+
     async def set_cluster_setting(self, key: str, value: str) -> None:
         """Change a setting that the whole cluster shares."""
         await self._ask("POST", "/cluster/set", dict[str, Any], {"key": key, "value": value})

@@ -126,6 +126,12 @@ class NodeRoutes:
         body = await read_body(request, bodies.RotateKeyBody)
         return _json({"away": await self._node.rotate_swarm_key(force=body.force)})
 
+    async def set_clock(self, request: Request) -> Response:
+        """Have the cluster take this node's clock for the time: `clock`, in Unix seconds. Withdraws
+        all tickets.
+        """
+        return _json({"clock": await self._node.set_clock()})
+
     async def set_cluster_setting(self, request: Request) -> Response:
         """Change a setting that the whole cluster shares."""
         body = await read_body(request, bodies.ClusterSettingBody)

@@ -236,6 +236,11 @@ class ServedNode(Protocol):
     async def rotate_swarm_key(self, *, force: bool) -> tuple[str, ...]:
         """Give the swarm a new key; gives the names of members that will need a new ticket."""
 
+    async def set_clock(self) -> int:
+        """Have the cluster take this node's clock for the time; gives it, Unix seconds. All tickets
+        are withdrawn.
+        """
+
     async def set_cluster_setting(self, key: str, value: str) -> None:
         """Change a setting that the whole cluster shares."""
 

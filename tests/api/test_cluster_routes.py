@@ -66,6 +66,11 @@ async def test_a_shared_setting_and_the_tickets(served):
     assert await served.client.withdraw_tickets() == 0
 
 
+async def test_the_clock_is_set_and_the_tickets_go(served):
+    assert await served.client.set_clock() == 1_800_000_000
+    assert await served.client.withdraw_tickets() == 0
+
+
 async def test_errors_about_members_cross_as_their_class(served):
     with pytest.raises(PeerNotFound, match="dave"):
         await served.client.expel("dave")

@@ -143,6 +143,13 @@ async def test_a_new_key_and_withdrawn_tickets_end_old_ways_in(served, omx):
 
 
 @pytest.mark.network
+async def test_the_clusters_clock_is_set_right(served, omx):
+    ended = await omx("cluster", "set-clock")
+    assert ended.out.splitlines()[0] == "the cluster's clock reads 2027-01-15T08:00:00Z now"
+    assert json.loads((await omx("cluster", "set-clock", "--json")).out) == {"clock": 1_800_000_000}
+
+
+@pytest.mark.network
 async def test_what_the_cluster_has_not_agreed_on_is_noted(served, omx, tmp_path):
     served.node.note = "the cluster has not agreed on it"
     (tmp_path / "Modelfile").write_text("FROM tiny")
