@@ -150,7 +150,7 @@ def _only_one(error: BaseException) -> BaseException | None:
 
 @asynccontextmanager
 async def _opened_node(config: NodeConfig, serve_api: bool) -> AsyncIterator["Node"]:
-    with _data_dir_of_our_own(config.data_dir):
+    with data_dir_of_our_own(config.data_dir):
         await trio.to_thread.run_sync(_check_models_folder, config.content.models)
         key = await trio.to_thread.run_sync(load_or_create_key, config.data_dir / "node-key")
         membership = await trio.to_thread.run_sync(_membership_of, config)
@@ -174,7 +174,7 @@ def forget_swarm(config: NodeConfig) -> bool:
     """Leave without telling anybody, for a node that cannot be started: remove the record of its
     swarm and its part in the cluster. False if it was in none. Raises DataDirInUse, AccessRefused.
     """
-    with _data_dir_of_our_own(config.data_dir):
+    with data_dir_of_our_own(config.data_dir):
         path = _membership_path(config)
         was_in_one = path.exists()
         remove_secret(path)
@@ -512,6 +512,12 @@ class Node:
         """
         return await self._cluster.rotate_swarm_key(force=force)
 
+    async def set_clock(self) -> int:
+        """Have the cluster take this node's clock for the time; gives it, Unix seconds. All tickets
+        are withdrawn. Raises NetworkTrouble.
+        """
+        return await self._cluster.set_clock()
+
     async def set_cluster_setting(self, key: str, value: str) -> None:
         """Change a setting that the whole cluster shares. Raises BadInput, NetworkTrouble."""
         await self._cluster.set_setting(key, value)
@@ -838,7 +844,7 @@ def _check_models_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _data_dir_of_our_own(path: Path) -> Iterator[None]:
+def data_dir_of_our_own(path: Path) -> Iterator[None]:
     """The folder, made if it is missing, locked against a second node."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

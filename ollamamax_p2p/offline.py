@@ -29,11 +29,11 @@ def prepare_recovery(config: NodeConfig) -> Iterator[Recovery]:
     Raises DataDirInUse if one runs; NotFound, BadInput if there is nothing to recover; LocalTrouble
     of the log and the state.
     """
-    from ollamamax_p2p.node import _data_dir_of_our_own  # it imports libp2p, which takes 2 s
+    from ollamamax_p2p.node import data_dir_of_our_own  # it imports libp2p, which takes 2 s
 
     folder = _part_in_cluster(config)
     with (
-        _data_dir_of_our_own(config.data_dir),
+        data_dir_of_our_own(config.data_dir),
         open_recovery(folder, config.consensus) as recovery,
     ):
         yield recovery
