@@ -39,6 +39,8 @@ from ollamamax_p2p.errors import (
     PeerMisbehaved,
     WrongChunk,
     WrongMap,
+    code,
+    restored,
 )
 from ollamamax_p2p.identity import PeerId
 from ollamamax_p2p.transfer.agreements import AgreedMaps
@@ -949,7 +951,7 @@ class _Fill:
             self._sourced_at = now
         elif self._origin_error is not None and self._origin_is_left_alone():
             if not self._fetch.believe_maps_again():
-                self._end(self._origin_error)
+                self._end(self._with_blame(self._origin_error))
             self._changed.set()
         alone_s, hungry_s = now - self._sourced_at, now - self._fed_at
         limit_s = self._settings.give_up_after_s
@@ -961,12 +963,21 @@ class _Fill:
         problem += self._fetch.blamed() + KEPT
         self._end(NoSources(f"blob {short(self._digest)}", problem))
 
+    def _with_blame(self, error: OmxError) -> OmxError:
+        """An origin's error, and that the peers did not have it either: who reads only that a
+        registry cannot be reached looks for the fault in the wrong place.
+        """
+        told = f"{error}; no peer could give the rest{self._fetch.blamed()}{KEPT}"
+        return restored(code(error), told)
+
     def _can_go_on(self) -> bool:
+        # A holder may be building its map: the first time, for a large blob, that takes minutes. An
+        # origin that fails meanwhile, as it does where there is no internet, is not the last word.
+        if any(not session.answered for session in self._sessions.values()):
+            return True
         if self._download is not None:
             return self._download.can_go_on() or self._votes.best(self._other_maps()) is not None
-        # A holder may be building its map: the first time, for a large blob, that takes minutes.
-        unanswered = any(not session.answered for session in self._sessions.values())
-        return unanswered or self._votes.best() is not None
+        return self._votes.best() is not None
 
 
 def _matches(chunk_map: ChunkMap, chunk: int, parts: list[bytes]) -> bool:
