@@ -105,6 +105,25 @@ def no_network() -> list[str]:
     pytest.skip("needs a network namespace: unshare --net, as root or where users may")
 
 
+@contextmanager
+def closed_folder(folder: Path) -> Iterator[list[str]]:
+    """A folder that a user may not look into; gives what runs a command as such a user."""
+    folder.mkdir()
+    runner: list[str] = []
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("needs setpriv: apt-get install util-linux")
+        # Root without its right to pass over modes, which still reads the interpreter's own files.
+        rights = "-dac_override,-dac_read_search"
+        runner = ["setpriv", "--bounding-set", rights, "--inh-caps", rights]
+        os.chown(folder, 65534, 65534)
+    folder.chmod(0o700 if runner else 0)
+    try:
+        yield runner
+    finally:
+        folder.chmod(0o700)
+
+
 def loopback_only() -> list[str]:
     """What runs a command with a loopback interface and nothing else."""
     if shutil.which("ip") is None:

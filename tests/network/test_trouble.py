@@ -14,6 +14,7 @@ from ollamamax_p2p.host import HostSettings, open_connections, open_libp2p_host
 from ollamamax_p2p.identity import Membership
 from ollamamax_p2p.testing.agreed_members import AgreedMembers
 from tests.network.processes import (
+    closed_folder,
     error_line,
     fill,
     loopback_only,
@@ -185,6 +186,28 @@ async def test_a_data_folder_that_cannot_be_written_is_named(tmp_path):
             ended = await omx(folder / "data", *line)
             assert ended.code == 4
             assert f"cannot write {folder / 'data'}" in error_line(ended)
+
+
+@pytest.mark.counterpart
+async def test_a_folder_that_this_user_may_not_enter_is_named(tmp_path):
+    """As the store of Ollama's own service is to everybody but its user."""
+    data, modelfile = tmp_path / "data", tmp_path / "Modelfile"
+    with closed_folder(tmp_path / "closed") as runner:
+        file, models = tmp_path / "closed" / "m.gguf", tmp_path / "closed" / "models"
+        modelfile.write_text(f"FROM {file}\n")
+        for line in (("import", str(file), NAME), ("create", NAME, "-f", str(modelfile))):
+            ended = await omx(data, *line, within=runner)
+            assert ended.code == 4
+            assert f"cannot read {file}: permission denied" in error_line(ended)
+        ended = await omx(data, "list", within=runner, OMX_MODELS=str(models))
+        assert ended.code == 4
+        assert f"cannot use {models}" in error_line(ended)
+        ended = await omx(data, "doctor", "--json", within=runner, OMX_MODELS=str(models))
+        assert (ended.code, ended.err) == (4, "")
+        [found] = [each for each in json.loads(ended.out)["findings"] if each["check"] == "models"]
+        assert found["verdict"] == "fail"
+        assert found["text"] == f"{models} cannot be reached: permission denied"
+        assert "enter every folder above it" in found["mend"]
 
 
 async def test_a_file_in_the_place_of_the_data_folder_is_named(data):
