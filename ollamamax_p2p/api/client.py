@@ -356,7 +356,10 @@ class _Away(msgspec.Struct):
 
 
 def _broken_off(where: str) -> OmxError:
-    return LocalTrouble(f"the node on {where} ended in the middle of an answer; is it still there?")
+    return LocalTrouble(
+        f"the node on {where} ended in the middle of an answer; start it again and repeat the "
+        "command, a pull resumes"
+    )
 
 
 def _whole(path: Path | str) -> str:

@@ -45,6 +45,30 @@ def test_every_command_has_help_and_json(command):
     assert command in ("version", "demo") or "--data-dir" in result.output
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_and_options(shell, tmp_path):
+    def completed(words: str) -> str:
+        # What the script that `omx --install-completion` installs asks, in each shell's own way.
+        asked = {
+            "_OMX_COMPLETE": f"complete_{shell}",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+            "_TYPER_COMPLETE_ARGS": words,
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        }
+        return subprocess.run(
+            [sys.executable, "-m", "omx_cli"],
+            capture_output=True,
+            text=True,
+            env=environment(tmp_path) | asked,
+        ).stdout
+
+    assert "pull" in completed("omx pu")
+    assert "--from-origin" in completed("omx pull --from")
+    assert "check" in completed("omx config ch")
+    assert "pull" not in completed("omx zz")
+
+
 @pytest.mark.parametrize(
     ("line", "text"),
     [
