@@ -8,12 +8,13 @@ another swarm means another pre-shared key for the host.
 import contextlib
 import errno
 import fcntl
+import functools
 import logging
 import os
 import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -68,11 +69,13 @@ from ollamamax_p2p.errors import (
     OmxError,
     OriginTrouble,
     PeerUnreachable,
+    PortInUse,
     StoreDamaged,
+    SwarmChanging,
     first_named,
     looks_like_ticket,
 )
-from ollamamax_p2p.host import Connections, open_connections, open_libp2p_host
+from ollamamax_p2p.host import Connections, Libp2pHost, open_connections, open_libp2p_host
 from ollamamax_p2p.identity import (
     Address,
     Membership,
@@ -118,18 +121,19 @@ def installed_version() -> str:
 
 @asynccontextmanager
 async def open_node(
-    config: NodeConfig | None = None, *, serve_api: bool = False
+    config: NodeConfig | None = None, *, serve_api: bool = False, brief: bool = False
 ) -> AsyncIterator["Node"]:
     """Run a node for as long as the block is open.
 
     config: the defaults if None; `load_config` reads file and environment.
     serve_api: also listen on `config.api.listen`, as `omx up` does.
+    brief: for one command: the cluster is not told of this node's present name and addresses.
     Raises LocalTrouble (DataDirInUse, PortInUse, KeyExposed, StoreFull…), BadConfig. What the block
     itself raises comes out as it is; only several errors at once come as a group.
     """
     only: BaseException | None = None
     try:
-        async with _opened_node(config or NodeConfig(), serve_api) as node:
+        async with _opened_node(config or NodeConfig(), serve_api, brief) as node:
             yield node
     except BaseExceptionGroup as group:
         only = _only_one(group)
@@ -149,7 +153,7 @@ def _only_one(error: BaseException) -> BaseException | None:
 
 
 @asynccontextmanager
-async def _opened_node(config: NodeConfig, serve_api: bool) -> AsyncIterator["Node"]:
+async def _opened_node(config: NodeConfig, serve_api: bool, brief: bool) -> AsyncIterator["Node"]:
     with data_dir_of_our_own(config.data_dir):
         await trio.to_thread.run_sync(_check_models_folder, config.content.models)
         key = await trio.to_thread.run_sync(load_or_create_key, config.data_dir / "node-key")
@@ -162,7 +166,7 @@ async def _opened_node(config: NodeConfig, serve_api: bool) -> AsyncIterator["No
             _open_origin(config, key) as origin,
             trio.open_nursery() as nursery,
         ):
-            node = Node(config, key, membership, store, origin, feed)
+            node = Node(config, key, membership, store, origin, feed, brief=brief)
             node._nursery = nursery
             await nursery.start(node._run_sessions)
             async with _maybe_api(node, config, serve_api):
@@ -212,8 +216,11 @@ class Node:
         store: BlobStore,
         origin: Origin | None,
         feed: EventFeed,
+        *,
+        brief: bool,
     ) -> None:
         self.config = config
+        self._brief = brief
         self.peer_id = key.peer_id
         self.events = feed
         self.api_address = ""
@@ -224,6 +231,7 @@ class Node:
         self._origin = origin
         self._rng = random.Random(secrets.randbits(128))
         self._session: Session | None = None
+        self._listening: tuple[str, ...] = ()
         self._pulling: set[trio.CancelScope] = set()
         """Of those who wait for a pull of this session, and would wait for ever without it."""
         # One at a time: a second join must see that the first has succeeded.
@@ -685,9 +693,7 @@ class Node:
     @property
     def _now(self) -> Session:
         if self._session is None:
-            raise PeerUnreachable(
-                self.peer_id, "this node is just joining or leaving a swarm; try again"
-            )
+            raise SwarmChanging
         return self._session
 
     async def _move(self, between: Callable[[], Awaitable[T]]) -> T:
@@ -717,12 +723,7 @@ class Node:
     async def _open_session(self) -> AsyncIterator[Session]:
         membership = self._membership
         async with (
-            open_libp2p_host(
-                self._key.seed,
-                self.config.host,
-                swarm_key=membership.swarm_key,
-                admit_all=membership.is_open,
-            ) as host,
+            self._open_host(membership) as host,
             open_session(
                 self.config,
                 membership,
@@ -734,12 +735,36 @@ class Node:
                 agent=_agent(self.config),
                 wall_clock=wall_clock,
                 on_swarm_key=self._take_over_swarm_key,
+                announce=not self._brief,
             ) as session,
         ):
             await trio.to_thread.run_sync(
                 forget_other_clusters, self.config.data_dir, membership.swarm_id
             )
             yield session
+
+    @asynccontextmanager
+    async def _open_host(self, membership: Membership) -> AsyncIterator[Libp2pHost]:
+        """On the ports that it had before, because the others know those; on others if somebody
+        else has taken one meanwhile.
+        """
+        async with AsyncExitStack() as stack:
+            open_with = functools.partial(
+                open_libp2p_host,
+                self._key.seed,
+                swarm_key=membership.swarm_key,
+                admit_all=membership.is_open,
+            )
+            configured = self.config.host
+            listening = replace(configured, listen=self._listening or configured.listen)
+            try:
+                host = await stack.enter_async_context(open_with(listening))
+            except PortInUse:
+                if listening == configured:
+                    raise
+                host = await stack.enter_async_context(open_with(configured))
+            self._listening = host.listening
+            yield host
 
 
 class _Move(Generic[T]):

@@ -58,11 +58,13 @@ async def open_session(
     agent: str,
     wall_clock: Callable[[], float],
     on_swarm_key: Callable[[bytes], None],
+    announce: bool,
 ) -> AsyncIterator[Session]:
     """Everything above the host, opened in layer order, announcing what the store holds.
 
     agent: what peers are told that we run.
     on_swarm_key: called when the cluster has agreed on another key, and it is time to use it.
+    announce: have the cluster know this node's name and addresses.
     Raises LocalTrouble: what `open_cluster` raises.
     """
     learned: list[Callable[[Sequence[Address]], None]] = []
@@ -85,7 +87,7 @@ async def open_session(
             on_addresses=on_addresses,
             gate=cluster,
         ) as connections,
-        _following(cluster, connections, on_swarm_key),
+        _following(cluster, connections, on_swarm_key, announce),
         open_discovery(
             host,
             connections,
@@ -164,10 +166,13 @@ async def _catalogue(cluster: Cluster | None) -> AsyncIterator[SharedCatalogue |
 
 @asynccontextmanager
 async def _following(
-    cluster: Cluster | None, connections: Connections, on_swarm_key: Callable[[bytes], None]
+    cluster: Cluster | None,
+    connections: Connections,
+    on_swarm_key: Callable[[bytes], None],
+    announce: bool,
 ) -> AsyncIterator[None]:
     if cluster is None:
         yield
         return
-    async with cluster.following(connections, on_swarm_key):
+    async with cluster.following(connections, on_swarm_key, announce=announce):
         yield

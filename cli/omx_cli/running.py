@@ -115,7 +115,7 @@ async def running_or_own(
         return
     from ollamamax_p2p import open_node
 
-    async with open_node(own) as node:
+    async with open_node(own, brief=True) as node:
         yield node
 
 

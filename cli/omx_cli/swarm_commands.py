@@ -244,7 +244,10 @@ FORGOTTEN = (
     "node's own key stay. The others do not know it yet: `omx cluster remove` this node there, "
     "also before it joins them again"
 )
-_OUTCOMES = {"left": "left the swarm", "not in a swarm": "this node is not in a swarm"}
+_OUTCOMES = {
+    "left": "left the swarm",
+    "not in a swarm": "this node is alone in its swarm; there is nothing to leave",
+}
 
 
 def leave(

@@ -85,10 +85,12 @@ from ollamamax_p2p.errors import (
     DeadlineExceeded,
     NetworkTrouble,
     NotAdmitted,
+    NotFound,
     NotLeader,
     OmxError,
     PeerMisbehaved,
     PeerNotFound,
+    QuorumLost,
     StoreDamaged,
 )
 from ollamamax_p2p.host import (
@@ -487,6 +489,8 @@ class Cluster:
     async def _away(self) -> tuple[str, ...]:
         """Names of members that the leader has not heard of lately."""
         status = await self.status()
+        if not status.has_quorum:
+            raise QuorumLost("too few voters answer")
         return tuple(
             f"{each.name} ({each.peer_id})"
             for each in status.members
@@ -495,7 +499,7 @@ class Cluster:
 
     def find(self, text: str) -> PeerId:
         """The member that is meant: by its peer id, its name, or a beginning of either. Raises
-        BadInput if several fit, PeerNotFound if none does.
+        BadInput if several fit, NotFound if none does.
         """
         members = self.state.members()
         exact = [peer for peer, each in members.items() if text in (peer, each.name)]
@@ -508,7 +512,7 @@ class Cluster:
         if len(found) > 1:
             raise BadInput(f"{text!r} fits {len(found)} members; give more of the peer id")
         if not found:
-            raise PeerNotFound(text)
+            raise NotFound(f"no member is called {text!r}; see `omx cluster members`")
         return found[0]
 
     async def set_role(self, peer: PeerId, role: RoleWish) -> None:
@@ -737,18 +741,22 @@ class Cluster:
         self,
         connections: Connections,
         on_swarm_key: Callable[[bytes], None] = lambda key: None,
+        *,
+        announce: bool = True,
     ) -> AsyncIterator[None]:
         """Stay connected to the members, and to nobody who no longer is one, for as long as the
-        block is open; and have the cluster know this node's addresses.
+        block is open.
 
         on_swarm_key: called once with the key that the cluster has agreed on, if that is another
         than the one with which `open_cluster` was called, when it is time to use it.
+        announce: have the cluster know this node's name, region and addresses.
         """
         self._connections = connections
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_members, connections)
             nursery.start_soon(self._follow_swarm_key, on_swarm_key)
-            nursery.start_soon(self._announce)
+            if announce:
+                nursery.start_soon(self._announce)
             yield
             nursery.cancel_scope.cancel()
 
@@ -799,6 +807,8 @@ class Cluster:
         if peer == self._about.peer and self._leaving:
             return
         if peer == self._about.peer:
+            for other in self.state.members():
+                connections.forget(other)  # they would only refuse us, again and again
             _log.error(
                 "this node has been removed from its cluster; `omx leave`, then join with a new "
                 "ticket if it is to come back"

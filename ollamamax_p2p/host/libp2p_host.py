@@ -216,6 +216,12 @@ class Libp2pHost:
         relayed = self.reachability.addresses if self.reachability else ()
         return tuple(dict.fromkeys([*listening, *self._observed(), *relayed]))
 
+    @property
+    def listening(self) -> tuple[str, ...]:
+        """The transport addresses in `HostSettings.listen`, with the ports that were taken."""
+        found = (str(each).partition("/p2p/")[0] for each in self._basic.get_transport_addrs())
+        return tuple(dict.fromkeys(found))
+
     def _observed(self) -> Iterator[Address]:
         """Where several members say that they see us: what a NAT made of a listening address."""
         for each in self._basic._observed_addr_manager.addrs():

@@ -148,7 +148,7 @@ def test_nothing_is_made_by_a_bad_ticket_or_by_leaving(capsys, tmp_path, monkeyp
     assert run(["join", "hello"]) == 2
     assert "this is not a whole ticket" in capsys.readouterr().err
     assert run(["leave"]) == 0
-    assert capsys.readouterr().out == "this node is not in a swarm\n"
+    assert capsys.readouterr().out == "this node is alone in its swarm; there is nothing to leave\n"
     assert not (tmp_path / "d").exists()
 
 

@@ -19,6 +19,7 @@ from ollamamax_p2p.errors import (
     OriginTrouble,
     PeerUnreachable,
     PortInUse,
+    SwarmChanging,
     TicketExpired,
     TicketMistyped,
     TicketUnknown,
@@ -190,7 +191,8 @@ async def test_who_leaves_is_alone_keeps_its_models_and_may_join_again(tmp_path)
             assert await b.leave() == "left"
             await until_peers(a)
             await until(lambda: events)
-        assert [event.kind for event in events] == ["cluster.removed", "peer.lost"]
+        # It may knock once more, to hear that it is out.
+        assert [event.kind for event in events][:2] == ["cluster.removed", "peer.lost"]
         assert await peer_ids(b) == set()
         assert await swarm_of(b) != swarm
         assert [model.name for model in await b.models()] == ["tiny:latest"]
@@ -281,11 +283,11 @@ async def test_a_node_that_is_asked_while_it_joins_answers_or_says_so(tmp_path):
             while not refusals:
                 try:
                     await b.status()
-                except PeerUnreachable as error:
+                except SwarmChanging as error:
                     refusals.append(str(error))
                 await trio.lowlevel.checkpoint()
             await b.models()  # what needs no swarm is answered
-        assert "just joining or leaving a swarm; try again" in refusals[0]
+        assert "try again" in refusals[0]
         assert await peer_ids(b) == {a.peer_id}
 
 
