@@ -60,13 +60,9 @@ from ollamamax_p2p.consensus.core.messages import (
     SnapshotMetadata,
     payload_size,
 )
-from ollamamax_p2p.consensus.core.sessions import (
-    SESSION_ENDED,
-    SESSION_WINDOW,
-    ClientSession,
-    SessionPool,
-)
+from ollamamax_p2p.consensus.core.sessions import SESSION_ENDED, ClientSession
 from ollamamax_p2p.consensus.log_storage import LogStorage
+from ollamamax_p2p.consensus.session_places import SessionPlaces
 from ollamamax_p2p.consensus.settings import ConsensusSettings
 from ollamamax_p2p.consensus.state_machine import StateMachine
 from ollamamax_p2p.consensus.transport import Transport
@@ -252,11 +248,9 @@ class Replica:
         self._changed = trio.Event()
         self._seen = (NOBODY, 0)
         self._answers: dict[int, _Answer] = {}
-        self._sessions = SessionPool(sessions_max=settings.sessions_per_replica)
-        self._places = trio.Semaphore(settings.sessions_per_replica * SESSION_WINDOW)
-        """First come, first served; then a place in a session is found almost always."""
-        self._opening_session = trio.Lock()
-        self._room_came = trio.Event()
+        self._places = SessionPlaces(
+            sessions_max=settings.sessions_per_replica, open_session=self._open_session
+        )
         self._ended = False
 
     # -- what the transport says
@@ -293,21 +287,22 @@ class Replica:
             session, outcome = await self._answer_once(data)
             if not self._session_ended(outcome.result):
                 return outcome.result
-            self._sessions.end(session)
+            self._places.end(session)
             if outcome.attempts > 1:
                 # Its first copy may have been applied before the session ended.
                 raise OutcomeUnknown("its session ended while it was proposed again")
 
     async def _answer_once(self, data: bytes) -> tuple[ClientSession, Outcome]:
-        async with self._places:
-            session = await self._session()
-            sequence = session.begin()
-            try:
-                request = self._drive.propose(data, session=session.id, sequence=sequence)
-                return session, await self._answer(request)
-            finally:
-                session.finish(sequence)
-                self._room_came.set()
+        place = await self._places.take()
+        try:
+            request = self._drive.propose(data, session=place.session.id, sequence=place.sequence)
+            return place.session, await self._answer(request)
+        finally:
+            self._places.give_back(place)
+
+    async def _open_session(self) -> int:
+        outcome = await self._answer(self._drive.propose(b""))
+        return int.from_bytes(outcome.result, "big")
 
     async def propose_unguarded(self, data: bytes) -> bytes:
         """Have a command applied at most once, without a session: one that is lost is not proposed
@@ -513,20 +508,6 @@ class Replica:
         if answer.outcome.error is not None:
             raise answer.outcome.error
         return answer.outcome
-
-    async def _session(self) -> ClientSession:
-        """One with room; opened here if there is none, or waited for if there are enough."""
-        while (session := self._sessions.with_room()) is None:
-            if not self._sessions.may_grow:
-                if self._room_came.is_set():
-                    self._room_came = trio.Event()
-                await self._room_came.wait()
-                continue
-            async with self._opening_session:
-                if self._sessions.with_room() is None and self._sessions.may_grow:
-                    outcome = await self._answer(self._drive.propose(b""))
-                    self._sessions.add(int.from_bytes(outcome.result, "big"))
-        return session
 
     def _end(self) -> None:
         self._ended = True
