@@ -137,3 +137,15 @@ def test_a_leader_whose_disk_does_not_finish_a_write_steps_down():
         drive.tick()
     assert not drive.leads
     assert drive.disk_stalls == 1
+
+
+def test_a_leader_does_not_propose_again_what_is_in_its_own_log():
+    drive, _ = alone()
+    drive.propose(b"slow", session=1, sequence=1)
+    drive.take_work()  # nobody says that it is written
+    last = drive.raw_node.raft.log.last_index()
+    for _ in range(35):  # longer than the patience with a lost one, shorter than with a disk
+        drive.tick()
+        drive.take_work()
+    assert drive.leads
+    assert drive.raw_node.raft.log.last_index() == last

@@ -696,6 +696,8 @@ class Drive:
         for request, waiting in self._waiting.items():
             if not waiting.repeatable or not waiting.attempts:
                 continue
+            if self.leads and waiting.term == self.term and not waiting.forwarded:
+                continue  # it is in this log, and nothing but an election takes it away
             # Doubled each time: what is only slow must not be made slower.
             patience = self._retry_ticks << min(waiting.attempts - 1, 5)
             if waiting.term != self.term or self._ticks - waiting.tick >= patience:
