@@ -429,7 +429,7 @@ async def test_a_peer_whose_process_dies_is_noticed_at_once(alice):
         await mortal.connect(alice.addresses)
         assert (await anext(events)).change == "connected"
         yamux = mortal.libp2p.get_network().get_connections()[0].muxed_conn
-        tcp = yamux.secured_conn.conn.read_writer.read_write_closer._conn.stream.stream
+        tcp = yamux.secured_conn.conn.read_writer.read_write_closer._conn._conn.stream.stream
         linger = struct.pack("ii", 1, 0)
         tcp.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         with trio.fail_after(2):
