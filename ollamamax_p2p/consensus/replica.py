@@ -26,7 +26,7 @@ and goes on by itself when there is room.
 import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -237,6 +237,8 @@ class Replica:
         self._session_ended = session_ended
         self._disk = trio.CapacityLimiter(1)
         self._written = log.initial_state()[0]
+        self._not_written: HardState | None = None
+        """A commit index on which nothing depends; the next write takes it along, or the ticker."""
         self._snapshot_index = _snapshot_index(log)
         self._bytes_since_snapshot = 0
         self._work_came = trio.Event()
@@ -529,6 +531,8 @@ class Replica:
             await trio.sleep_until(due)
             self._drive.tick(trio.current_time())
             self._wake()
+            if self._not_written is not None:
+                self._write_came.set()
 
     async def _loop(self) -> None:
         while True:
@@ -566,9 +570,14 @@ class Replica:
             await self._write_came.wait()
             self._write_came = trio.Event()
             batch, self._to_write = self._to_write, []
+            if not batch:
+                await self._write_commit_index()
             try:
                 for write in merged_writes(batch, self._written):
-                    await self._call(self._disk, self._write_now, write)
+                    write.hard_state = write.hard_state or self._not_written
+                    if not write.can_wait:
+                        await self._call(self._disk, self._write_now, write)
+                    self._not_written = write.hard_state if write.can_wait else None
                     self._written = write.hard_state or self._written
                     for message in write.messages:
                         self._drive.appended(message)
@@ -581,6 +590,12 @@ class Replica:
                 self._to_write = []  # all that is not reported comes again, in order
                 self._drive.append_failed()
                 self._wake()
+
+    async def _write_commit_index(self) -> None:
+        state, self._not_written = self._not_written, None
+        if state is not None:
+            with suppress(StoreFull):  # it will be told again by the leader, or by the log itself
+                await self._call(self._disk, self._write_now, Write([], hard_state=state))
 
     def _write_now(self, write: Write) -> None:
         if write.snapshot is None:

@@ -33,7 +33,7 @@ class SessionPlaces:
     """One replica's. For the tasks of one trio run."""
 
     def __init__(self, *, sessions_max: int, open_session: Callable[[], Awaitable[int]]) -> None:
-        """open_session: gives the id of one that has been agreed on; what it raises, `take` does."""
+        """open_session: gives the id of one that is agreed on; what it raises, `take` does."""
         self._sessions = SessionPool(sessions_max=sessions_max)
         self._open_session = open_session
         self._waiting: deque[_Waiter] = deque()

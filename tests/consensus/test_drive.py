@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from msgspec.structs import replace
 
 from ollamamax_p2p.consensus.core.drive import Drive, merged_writes, snapshot_to_adopt
 from ollamamax_p2p.consensus.core.messages import (
@@ -74,6 +75,18 @@ def test_only_a_moved_commit_index_needs_no_fsync():
     [write] = merged_writes([append(state=HardState(3, 1, 9))], HardState(3, 1, 8))
     assert not write.sync
     [write] = merged_writes([append(state=HardState(4, 0, 9))], HardState(3, 1, 8))
+    assert write.sync
+
+
+def test_an_acknowledgement_of_what_an_earlier_write_made_durable_needs_none_of_its_own():
+    answer = Message(type=MessageType.APP_RESP, to=2, from_=1, index=7)
+    moved = replace(append(state=HardState(3, 1, 9)), responses=(answer,))
+    [write] = merged_writes([moved], HardState(3, 1, 8))
+    assert write.can_wait
+    [write] = merged_writes([append(7), moved], HardState(3, 1, 8))
+    assert write.sync
+    voted = replace(append(state=HardState(3, 2, 8)), responses=(answer,))
+    [write] = merged_writes([moved, voted], HardState(3, 1, 8))
     assert write.sync
 
 

@@ -145,7 +145,13 @@ class Write:
     entries: list[Entry] = field(default_factory=list)
     hard_state: HardState | None = None
     sync: bool = False
-    """False if it only moves the commit index, on which nothing depends."""
+    """False if it only moves the commit index, on which nothing depends: also not what its messages
+    let out, which speaks of entries and votes that an earlier write has made durable."""
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether it may be left for the next write that cannot."""
+        return not self.sync and self.snapshot is None
 
 
 @dataclass(slots=True, eq=False)
@@ -195,7 +201,6 @@ def merged_writes(appends: Iterable[Message], written: HardState) -> list[Write]
             if write.entries and first <= write.entries[-1].index:
                 del write.entries[max(0, first - write.entries[0].index) :]
             write.entries.extend(message.entries)
-        if message.entries or message.responses:
             write.sync = True
         if state is not None:
             write.sync |= (state.term, state.vote) != (written.term, written.vote)
