@@ -468,13 +468,18 @@ class ClusterState:
     def _copy_table(self, source: sqlite3.Connection, kind: type[Row], table: str) -> int:
         """The sum of its rows' hashes. Raises ValueError for a row that no command makes."""
         total = 0
+
+        def checked() -> Iterator[tuple[str, str]]:
+            nonlocal total
+            for count, (key, text) in enumerate(schema.all_rows(source, kind), 1):
+                # Encoding it again finds a second spelling of the same row, and so a second hash.
+                if count > LIMITS[kind] or schema.encode_row(schema.decode_row(kind, text)) != text:
+                    raise ValueError(f"a row of {table} breaks its bounds")
+                total += schema.row_hash(table, key, text)
+                yield key, text
+
         self._connection.execute(f"DELETE FROM {table}")
-        for count, (key, text) in enumerate(schema.all_rows(source, kind), 1):
-            # Encoding it again finds a second spelling of the same row, and with it a second hash.
-            if count > LIMITS[kind] or schema.encode_row(schema.decode_row(kind, text)) != text:
-                raise ValueError(f"a row of {table} breaks its bounds")
-            self._connection.execute(f"INSERT INTO {table} VALUES (?, ?)", (key, text))
-            total += schema.row_hash(table, key, text)
+        self._connection.executemany(f"INSERT INTO {table} VALUES (?, ?)", checked())
         return total
 
     def _finish_install(self) -> None:

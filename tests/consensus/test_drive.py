@@ -8,11 +8,15 @@ from msgspec.structs import replace
 from ollamamax_p2p.consensus.core.drive import Drive, merged_writes, snapshot_to_adopt
 from ollamamax_p2p.consensus.core.messages import (
     LOCAL_APPEND_THREAD,
+    ConfChangeSingle,
+    ConfChangeType,
+    ConfChangeV2,
     ConfState,
     Entry,
     HardState,
     Message,
     MessageType,
+    Snapshot,
     SnapshotMetadata,
 )
 from ollamamax_p2p.consensus.ram_log import RamLog
@@ -162,3 +166,68 @@ def test_a_leader_does_not_propose_again_what_is_in_its_own_log():
         drive.take_work()
     assert drive.leads
     assert drive.raw_node.raft.log.last_index() == last
+
+
+def offer(*, to: int, voters: tuple[int, ...], learners: tuple[int, ...] = ()) -> Message:
+    metadata = SnapshotMetadata(9, 1, ConfState(voters=voters, learners=learners))
+    return Message(
+        type=MessageType.SNAP, to=to, from_=1, term=1, snapshot=Snapshot(metadata)
+    )  # fmt: skip
+
+
+def new_node(raft_id: int) -> Drive:
+    return Drive(
+        raft_id,
+        RamLog(),
+        applied=0,
+        conf_state=ConfState(),
+        settings=ConsensusSettings(),
+        rng=random.Random(1),
+    )
+
+
+def test_the_bytes_of_a_snapshot_in_which_one_is_no_member_are_not_fetched():
+    drive = new_node(2)
+    drive.step(offer(to=2, voters=(1,)))
+    assert drive.take_work().fetches == []
+    drive.step(offer(to=2, voters=(1,), learners=(2,)))
+    assert len(drive.take_work().fetches) == 1
+
+
+def test_a_new_member_is_offered_no_snapshot_from_before_it_was_added():
+    drive, log = alone()
+    for number in range(5):
+        drive.propose(b"command %d" % number)
+        do_all(drive, log)
+    at = drive.applied_index
+
+    def save_snapshot(index: int, conf_state: ConfState) -> None:
+        log.save_snapshot(Snapshot(SnapshotMetadata(index, log.term(index), conf_state)))
+        log.compact(index)
+
+    save_snapshot(at, ConfState(voters=(1,)))
+    change = ConfChangeSingle(ConfChangeType.ADD_LEARNER_NODE, 2)
+    drive.propose_conf_change(ConfChangeV2(changes=(change,)))
+    do_all(drive, log)
+    assert not snapshots_offered(drive)
+    save_snapshot(drive.applied_index, ConfState(voters=(1,), learners=(2,)))
+    [offered] = snapshots_offered(drive)
+    assert offered.to == 2
+    assert offered.snapshot.metadata.conf_state.learners == (2,)
+
+
+def snapshots_offered(drive: Drive) -> list[Message]:
+    """By the time at which it has answered a heartbeat."""
+    sent = []
+    for _ in range(10):
+        drive.tick()
+        sent += drive.take_work().sends
+        beat = Message(type=MessageType.HEARTBEAT_RESP, to=1, from_=2, term=drive.term)
+        drive.step(beat)
+        reject = Message(
+            type=MessageType.APP_RESP, to=1, from_=2, term=drive.term, index=drive.applied_index,
+            reject=True,
+        )  # fmt: skip
+        drive.step(reject)
+        sent += drive.take_work().sends
+    return [each for each in sent if each.type is MessageType.SNAP]

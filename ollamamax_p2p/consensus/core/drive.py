@@ -265,6 +265,12 @@ def snapshot_to_adopt(
     return None
 
 
+def _has_member(snapshot: Snapshot, node: int) -> bool:
+    """Whether a node may take it: one that is no member in it would forget that it is one."""
+    state = snapshot.metadata.conf_state
+    return node in (*state.voters, *state.learners, *state.voters_outgoing)
+
+
 Job = TypeVar("Job")
 
 
@@ -550,6 +556,7 @@ class Drive:
             snapshot is not None
             and snapshot.metadata.index > self.committed_index
             and message.term >= self.term
+            and _has_member(snapshot, self.raft_id)  # else the core refuses it
         )
 
     def _is_behind_with_writes(self) -> bool:
@@ -843,6 +850,10 @@ class Drive:
             self._appends.add(message, self._ticks)
         elif message.to == LOCAL_APPLY_THREAD:
             self._applies.add(self._decoded(message), self._ticks)
+        elif message.snapshot is not None and not _has_member(message.snapshot, message.to):
+            # It was made before this member was added. The next one is just being made: at its next
+            # heartbeat it is offered that.
+            self.raw_node.report_snapshot(message.to, ok=False)
         else:
             work.sends.append(message)
 
