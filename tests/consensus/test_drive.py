@@ -224,10 +224,10 @@ def snapshots_offered(drive: Drive) -> list[Message]:
         sent += drive.take_work().sends
         beat = Message(type=MessageType.HEARTBEAT_RESP, to=1, from_=2, term=drive.term)
         drive.step(beat)
-        reject = Message(
-            type=MessageType.APP_RESP, to=1, from_=2, term=drive.term, index=drive.applied_index,
-            reject=True,
+        probed = drive.raw_node.raft.tracker.progress[2].next - 1
+        lacks_it = Message(
+            type=MessageType.APP_RESP, to=1, from_=2, term=drive.term, index=probed, reject=True
         )  # fmt: skip
-        drive.step(reject)
+        drive.step(lacks_it)
         sent += drive.take_work().sends
     return [each for each in sent if each.type is MessageType.SNAP]
