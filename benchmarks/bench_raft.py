@@ -55,9 +55,9 @@ LEADER_WAIT_S = 30
 class Process:
     """A child that answers each line with one."""
 
-    def __init__(self, *line: str) -> None:
+    def __init__(self, *line: str, stderr: int | None = None) -> None:
         self.process = subprocess.Popen(
-            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
         )
 
     def send(self, **what: Any) -> None:
@@ -254,7 +254,7 @@ def measure_pysyncobj(figures: Figures, python: str, seconds: float) -> None:
         nodes = [
             Process(
                 python, str(COUNTERPARTS / "pysyncobj_node.py"), own,
-                *(each for each in addresses if each != own), *flags,
+                *(each for each in addresses if each != own), *flags, stderr=subprocess.DEVNULL,
             )
             for own in addresses
         ]  # fmt: skip
@@ -404,9 +404,9 @@ def measure_simulated(figures: Figures, entries: int) -> None:
             cost.run(entries)
             name = f"{voters} voters, {learners} learners, simulated"
             figures[f"{name}: leader's CPU, us per entry"] = [1e6 * cost.seconds / entries]
-            figures[f"{name}: leader sends, bytes per entry"] = [cost.bytes / entries]
+            figures[f"{name}: leader sends, bytes per entry"] = [cost.byte_count / entries]
             figures[f"{name}: messages to and from it, per batch of 64"] = [
-                64 * cost.messages / entries
+                64 * cost.message_count / entries
             ]
 
 
@@ -417,7 +417,7 @@ class LeaderCost(Cluster):
         self.voters = voters
         super().__init__(voters + learners, asynchronous=True)
         self.seconds = 0.0
-        self.bytes = self.messages = 0
+        self.byte_count = self.message_count = 0
 
     def new_log(self, ids: tuple[int, ...]) -> RamLog:
         log = RamLog()
@@ -429,39 +429,40 @@ class LeaderCost(Cluster):
         leader = self.nodes[1]
         leader.campaign()
         self.settle()
-        self.seconds, self.bytes, self.messages = 0.0, 0, 0
+        self.seconds, self.byte_count, self.message_count = 0.0, 0, 0
         commands = [COMMAND] * 64
         for _ in range(entries // 64):
-            begun = time.perf_counter()
+            begun = time.thread_time()
             leader.propose_batch(commands)
-            self.seconds += time.perf_counter() - begun
+            self.seconds += time.thread_time() - begun
             self.settle()
 
     def handle_ready(self, node: int, raw: Any) -> None:
-        begun = time.perf_counter()
+        begun = time.thread_time()
         super().handle_ready(node, raw)
         if node == 1:
-            self.seconds += time.perf_counter() - begun
+            self.seconds += time.thread_time() - begun
 
     def deliver(self, message: Any) -> None:
-        if 1 not in (message.to, message.from_) or not is_between_nodes(message):
-            begun = time.perf_counter()
+        own = message.from_ == message.to or not is_between_nodes(message)
+        if own or 1 not in (message.to, message.from_):
+            begun = time.thread_time()
             super().deliver(message)
-            if message.from_ == 1:
-                self.seconds += time.perf_counter() - begun
+            if message.from_ == 1 or message.to == 1:
+                self.seconds += time.thread_time() - begun
             return
-        self.messages += 1
+        self.message_count += 1
         if message.to == 1:
             payload = batch([encode_message(message)])
-            begun = time.perf_counter()
+            begun = time.thread_time()
             [message] = decode_batch(payload).messages
             super().deliver(message)
-            self.seconds += time.perf_counter() - begun
+            self.seconds += time.thread_time() - begun
             return
-        begun = time.perf_counter()
+        begun = time.thread_time()
         payload = batch([encode_message(message)])
-        self.seconds += time.perf_counter() - begun
-        self.bytes += len(payload)
+        self.seconds += time.thread_time() - begun
+        self.byte_count += len(payload)
         super().deliver(message)
 
 

@@ -205,22 +205,25 @@ NO_LIMIT = 2**63
 """Of bytes."""
 
 
-def _varint_size(number: int) -> int:
-    return (number.bit_length() + 6) // 7 or 1
+ENTRY_OVERHEAD_BYTES_MAX = 5 + 3 * 10
+"""The most that `entry_size` adds to an entry's data: three numbers of at most ten bytes."""
 
 
 def entry_size(entry: Entry) -> int:
     """How many bytes an entry counts for where bytes are limited: what etcd's encoding of it takes,
     so that limits mean the same in both.
     """
-    size = 4 + _varint_size(entry.term) + _varint_size(entry.index)
+    # Of a number: seven bits to a byte, at least one. In line, as it is asked of every entry.
+    size = (
+        4 + ((entry.term.bit_length() + 6) // 7 or 1) + ((entry.index.bit_length() + 6) // 7 or 1)
+    )
     length = len(entry.data)
-    return size + 1 + _varint_size(length) + length if length else size
+    return size + 1 + (length.bit_length() + 6) // 7 + length if length else size
 
 
 def limited(entries: list[Entry], max_bytes: int) -> list[Entry]:
     """As many from the front as fit, at least one if there is one."""
-    if max_bytes >= NO_LIMIT:
+    if payload_size(entries) + len(entries) * ENTRY_OVERHEAD_BYTES_MAX <= max_bytes:
         return entries
     total = 0
     for count, entry in enumerate(entries):
@@ -232,7 +235,7 @@ def limited(entries: list[Entry], max_bytes: int) -> list[Entry]:
 
 def total_size(entries: Iterable[Entry]) -> int:
     """Bytes of all of them."""
-    return sum(map(entry_size, entries))
+    return sum([entry_size(entry) for entry in entries])
 
 
 def payload_size(entries: Iterable[Entry]) -> int:
