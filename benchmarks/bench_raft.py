@@ -69,7 +69,7 @@ class Process:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.process.args} ended with {self.process.wait()}")
+            raise SystemExit(f"{self.process.args!r} ended with {self.process.wait()}")
         said: dict[str, Any] = json.loads(line)
         if "error" in said:
             raise SystemExit(said["error"])
@@ -126,7 +126,7 @@ class Ours:
         """Who leads, once all agree."""
         until = time.perf_counter() + LEADER_WAIT_S
         while time.perf_counter() < until:
-            said = {each.ask(do="status")["leader"] for each in self.nodes.values()}
+            said = {int(each.ask(do="status")["leader"]) for each in self.nodes.values()}
             if len(said) == 1 and (leader := said.pop()) in self.nodes:
                 return leader
             time.sleep(0.05)

@@ -22,6 +22,7 @@ from typing import Any
 import trio
 from libp2p.abc import IMuxedConn, ISecureConn
 from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.trio import TrioTCPStream
 from libp2p.peer.id import ID
 from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH
 from libp2p.security.secure_session import SecureSession
@@ -103,7 +104,7 @@ class BoundedYamux(Yamux):
         how many bytes that was. Cancelled while it waits it has taken none.
         """
         await self._wait_for_room()
-        count = min(len(data), stream.send_window, FRAME_DATA_BYTES_MAX)
+        count: int = min(len(data), stream.send_window, FRAME_DATA_BYTES_MAX)
         if count > 0:
             header = struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_DATA, 0, stream.stream_id, count)
             self._put(b"".join((header, data[:count])))
@@ -277,11 +278,28 @@ class _ReadAhead:
         return getattr(self._conn, name)
 
 
-def read_ahead(conn: ISecureConn) -> None:
-    """Have a connection whose handshake is done read ahead."""
-    if isinstance(conn, SecureSession):
-        packets = conn.conn.read_writer  # type: ignore[attr-defined]  # Noise's
-        packets.read_write_closer = _ReadAhead(packets.read_write_closer)
+class _NoLock:
+    """In the place of a lock that nobody contends for."""
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, *_error: object) -> None:
+        pass
+
+
+def make_quick(conn: ISecureConn) -> None:
+    """Have a connection whose handshake is done read ahead. From here on one task reads and one
+    writes, so the locks around its socket only cost turns of the scheduler.
+    """
+    if not isinstance(conn, SecureSession):
+        return
+    packets = conn.conn.read_writer  # type: ignore[attr-defined]  # Noise's
+    below = packets.read_write_closer
+    packets.read_write_closer = _ReadAhead(below)
+    socket = getattr(getattr(below, "_conn", below), "stream", None)  # _conn: with a swarm key
+    if isinstance(socket, TrioTCPStream):
+        vars(socket).update(read_lock=_NoLock(), write_lock=_NoLock())
 
 
 def keep_unread(stream: YamuxStream, data: bytes) -> None:
@@ -309,7 +327,7 @@ class BoundedMuxer(MuxerMultistream):
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
         """See MuxerMultistream."""
-        read_ahead(conn)
+        make_quick(conn)
         protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
         yamux = BoundedYamux(
             conn, peer_id, is_initiator=conn.is_initiator, is_admitted=self.is_admitted
