@@ -363,7 +363,7 @@ def measure_snapshot(figures: Figures, folder: Path) -> None:
     try:
         leader = new_node()
         leader.receive()
-        rows = {"tags": 80_000, "chunk_maps": 110_000}
+        rows = {"tags": 70_000, "chunk_maps": 95_000}
         said = leader.ask(do="fill_state", folder=str(folder / "1"), id=1, **rows)
         assert said["filled"] == sum(rows.values())
         cluster.start(1, leader)
@@ -587,7 +587,7 @@ def main() -> None:
     parser.add_argument("--only", choices=parts, action="append", help="one part, or several")
     given = parser.parse_args()
     chosen = given.only or parts
-    rounds, seconds, kills, entries = (1, 2.0, 5, 640) if given.quick else (3, 4.0, 50, 6400)
+    rounds, seconds, kills, entries = (1, 2.0, 5, 640) if given.quick else (3, 3.0, 50, 6400)
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
