@@ -150,7 +150,7 @@ class Machines:
         self._tickets += 1
         secret = self._tickets.to_bytes(16, "big")
         await at.up.issue_ticket(secret, uses=1, expires_at=int(wall_clock()) + 3600)
-        save_admission(machine.folder, await at.up.redeem(secret, machine.peer))
+        save_admission(machine.folder, await at.up.redeem(secret, machine.peer, machine.host.name))
         await machine.start()
         assert machine.connections is not None
         await machine.connections.reach(at.host.addresses)
