@@ -27,9 +27,9 @@ format: $(VENV)/.installed-dev
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-# Many more seeds than CI has time for: an hour or so.
+# Many more seeds, rounds of chaos and hostile frames than CI has time for: two hours or so.
 soak: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest tests/simulation tests/network --omx-seeds 500
+	@TESTS_CHAOS_ROUNDS=15 TESTS_FUZZED_FRAMES=1000000 $(BIN)/python -m pytest tests/simulation tests/network tests/consensus/test_raft_frames.py tests/consensus/test_hostile_members.py --omx-seeds 500
 
 bench: $(VENV)/.installed-dev
 	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

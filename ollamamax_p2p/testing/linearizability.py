@@ -80,6 +80,12 @@ class Model(Protocol):
         it. result None: any.
         """
 
+    def needed(self, operations: Sequence[Operation]) -> Sequence[Operation]:
+        """These, all of one key, without such unknown ones as nobody can have seen anything of: if
+        there is an order with those, there is one without. What is left out need not be tried at
+        every moment, which is what makes a search long.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -153,7 +159,7 @@ class _Search:
     def __init__(
         self, key: Hashable, operations: Sequence[Operation], model: Model, steps_max: int
     ) -> None:
-        by_call = sorted(operations, key=lambda each: each.called_at)
+        by_call = sorted(model.needed(operations), key=lambda each: each.called_at)
         self._key = key
         self._known = [each for each in by_call if each.is_known]
         self._unknown = [each for each in by_call if not each.is_known]
@@ -313,6 +319,25 @@ class ValueModel:
         fits = result is None or (result.ok, result.value) == (ok, value)
         return [after] if fits else []
 
+    def needed(self, operations: Sequence[Operation]) -> Sequence[Operation]:
+        """See Model. All that returned, but for a put, shows the value that it found: in its
+        result, or by being a comparison that held. So what was written and is in none of these was
+        hidden by the next put, or by the end, before anything but further unknown ones found it.
+        """
+        seen = [each.result.value or b"" for each in operations if each.is_known]
+        seen += [
+            each.call.expected or b""
+            for each in operations
+            if each.is_known and isinstance(each.call, CompareAndSet)
+        ]
+        everything = b"\0".join(seen)
+        writes = Put | CompareAndSet | Append
+        return [
+            each
+            for each in operations
+            if each.is_known or not isinstance(each.call, writes) or each.call.value in everything
+        ]
+
 
 class LeaseModel:
     """One lease: acquire, release. Tokens only have to grow; which they are is left open.
@@ -334,6 +359,10 @@ class LeaseModel:
                 return self._release(state, given, result)
             case _:
                 raise ValueError(f"no request about a lease: {call}")
+
+    def needed(self, operations: Sequence[Operation]) -> Sequence[Operation]:
+        """See Model."""
+        return operations
 
     def _acquire(
         self, state: tuple[str | None, int, int], asking: str, result: Result | None

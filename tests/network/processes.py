@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -170,13 +170,7 @@ def _unmount(folder: Path) -> None:
 def fill(folder: Path) -> Path:
     """Take all the room that is left on a small disk; gives the file that took it."""
     ballast = folder / "ballast"
-    with ballast.open("wb") as file:
-        block = bytes(64 * 1024)
-        try:
-            while True:
-                file.write(block)
-                file.flush()
-        except OSError:
-            pass
-        file.close()
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(64 * 1024))
     return ballast
