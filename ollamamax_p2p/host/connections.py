@@ -193,18 +193,24 @@ AnyTalk = MessageStream[FromDialler, FromAnswerer] | MessageStream[FromAnswerer,
 
 
 @dataclass(slots=True, eq=False)
+class _Pulse:
+    """Of one join stream."""
+
+    heard_at: float
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+@dataclass(slots=True, eq=False)
 class _Link:
-    """A proven peer: its join streams and its pulse."""
+    """A proven peer and its join streams."""
 
     peer: PeerId
     agent: str
     address: str
     inbound: bool
     since: float
-    heard_at: float
     rtt_s: float | None = None
-    talks: dict[AnyTalk, trio.CancelScope] = field(default_factory=dict)
-    """In order; the first carries our heartbeats."""
+    talks: dict[AnyTalk, _Pulse] = field(default_factory=dict)
     asked: dict[int, float] = field(default_factory=dict)
     """When each Ping that is not answered was sent."""
     over: trio.Event = field(default_factory=trio.Event)
@@ -487,8 +493,8 @@ class Connections:
                 raise PeerUnreachable(peer, "who answers there is no member of this swarm")
             self._host.admit(peer)
             link = self._linked(peer, welcome.agent)
-            scope = link.talks[talk] = trio.CancelScope()
-            self._nursery.start_soon(self._hold, link, talk, scope)
+            pulse = link.talks[talk] = _Pulse(trio.current_time())
+            self._nursery.start_soon(self._hold, link, talk, pulse)
             linked = True
             # Only now may the answerer open streams: it waits for this Ping before it counts us in.
             await self._ping(link, talk)
@@ -635,8 +641,8 @@ class Connections:
         await talk.send(Pong(nonce=ready.nonce))
         self._learn(peer, hello.addresses, [])
         link = self._linked(peer, hello.agent)
-        scope = link.talks[talk] = trio.CancelScope()
-        await self._hold(link, talk, scope)
+        pulse = link.talks[talk] = _Pulse(trio.current_time())
+        await self._hold(link, talk, pulse)
 
     def _reason_to_refuse(self, peer: PeerId, hello: Hello) -> str:
         """Empty if the peer is welcome."""
@@ -738,32 +744,39 @@ class Connections:
         if link is not None:
             return link
         connection = self._connection(peer)
-        now = trio.current_time()
         link = self._links[peer] = _Link(
             peer,
             _printable(agent),
             connection.address if connection else "",
             connection.inbound if connection else False,
-            now,
-            now,
+            trio.current_time(),
         )
         self._no_stranger(peer)
-        self._nursery.start_soon(self._tend, link)
         _log.info("linked with peer %s at %s", peer, link.address)
         self._report("peer.connected", peer, address=link.address, inbound=link.inbound)
         return link
 
-    async def _hold(self, link: _Link, talk: AnyTalk, scope: trio.CancelScope) -> None:
-        """Read one join stream until it ends."""
+    async def _hold(self, link: _Link, talk: AnyTalk, pulse: _Pulse) -> None:
+        """Read one join stream until it ends, with heartbeats of its own.
+
+        Each has its own, because each may run on a connection of its own. If one end of a
+        connection is gone (its machine has moved to another network) and has dialled anew, the new
+        connection is well, and whatever streams stayed on the old one are lost without a sign.
+        """
         problem = "the connection ended"
         try:
-            with scope:
-                problem = await self._listen(link, talk)
-        except PeerGone as error:
-            problem = str(error)
-        except PeerMisbehaved as error:
-            _log.warning("%s", error)
-            self._end(link, str(error))
+            with pulse.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._beat, link, talk)
+                    nursery.start_soon(self._notice_silence, link, pulse)
+                    try:
+                        problem = await self._listen(link, talk, pulse)
+                    except PeerGone as error:
+                        problem = str(error)
+                    except PeerMisbehaved as error:
+                        _log.warning("%s", error)
+                        self._end(link, str(error))
+                    nursery.cancel_scope.cancel()
         finally:
             del link.talks[talk]
             if not link.talks:
@@ -771,17 +784,17 @@ class Connections:
             with _shielded(_LAST_WORDS_S):
                 await talk.aclose()
 
-    async def _listen(self, link: _Link, talk: AnyTalk) -> str:
+    async def _listen(self, link: _Link, talk: AnyTalk, pulse: _Pulse) -> str:
         """Heartbeats until the peer ends the stream in good order; says why it did."""
         while (message := await talk.receive()) is not None:
-            link.heard_at = trio.current_time()
+            pulse.heard_at = trio.current_time()
             match message:
                 case Ping():
                     await talk.send(Pong(nonce=message.nonce))
                 case Pong():
                     sent_at = link.asked.pop(message.nonce, None)
                     if sent_at is not None:
-                        link.rtt_s = link.heard_at - sent_at
+                        link.rtt_s = pulse.heard_at - sent_at
                 case Goodbye():
                     if message.leaving:
                         self.forget(link.peer)
@@ -792,26 +805,17 @@ class Connections:
                     raise MalformedMessage(talk.peer, f"{type(message).__name__} after its proof")
         return "it ended the stream"
 
-    async def _tend(self, link: _Link) -> None:
-        """Heartbeats, for as long as the link lasts."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._beat, link)
-            nursery.start_soon(self._notice_silence, link)
-            await link.over.wait()
-            nursery.cancel_scope.cancel()
-
-    async def _beat(self, link: _Link) -> None:
+    async def _beat(self, link: _Link, talk: AnyTalk) -> None:
         while True:
             await trio.sleep(self._settings.heartbeat_interval_s)
-            talk = next(iter(link.talks), None)
-            if talk is not None:
-                with suppress(PeerGone):  # whoever reads the stream notices too, and acts
-                    await self._ping(link, talk)
+            with suppress(PeerGone):  # whoever reads the stream notices too, and acts
+                await self._ping(link, talk)
 
-    async def _notice_silence(self, link: _Link) -> None:
+    async def _notice_silence(self, link: _Link, pulse: _Pulse) -> None:
         timeout_s = self._settings.heartbeat_timeout_s
-        while trio.current_time() < link.heard_at + timeout_s:  # noqa: ASYNC110 - it is moved
-            await trio.sleep_until(link.heard_at + timeout_s)
+        while trio.current_time() < pulse.heard_at + timeout_s:  # noqa: ASYNC110 - it is moved
+            await trio.sleep_until(pulse.heard_at + timeout_s)
+        # With all its connections: which of them this stream is on, nobody here knows.
         self._end(link, f"silent for {timeout_s:g} s")
 
     async def _ping(self, link: _Link, talk: AnyTalk) -> None:
@@ -828,8 +832,8 @@ class Connections:
         if self._links.get(link.peer) is not link:
             return
         del self._links[link.peer]
-        for scope in link.talks.values():
-            scope.cancel()
+        for pulse in link.talks.values():
+            pulse.scope.cancel()
         link.over.set()
         _log.info("lost peer %s: %s", link.peer, problem)
         self._report("peer.lost", link.peer, problem=problem)

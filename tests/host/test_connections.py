@@ -655,6 +655,34 @@ async def test_a_peer_may_ping_as_it_likes_and_is_answered(autojump_clock, swarm
     await until(lambda: not member.links.peers(), within_s=1)
 
 
+async def test_a_dead_connection_beside_a_living_one_is_noticed(autojump_clock, swarm, members):
+    """Half-open: the peer is back on a new connection, and the old one was never told."""
+    membership = members()
+    member = await swarm.add("member", membership)
+    host = await swarm.stranger("bare")
+    await host.connect(member.host.addresses)
+    alive, dead = [await talk_as(host, member.peer) for _ in range(2)]
+    for talk in (dead, alive):
+        await talk.send(hello(membership, membership.credential(host.peer_id)))
+        assert isinstance(await talk.receive(), Welcome)
+        await talk.send(Ping(nonce=1))
+        assert await talk.receive() == Pong(nonce=1)
+
+    async def live() -> None:
+        with suppress(PeerGone):
+            while (message := await alive.receive()) is not None:
+                await trio.sleep(0.5)
+                asked = isinstance(message, Ping)
+                await alive.send(Pong(nonce=message.nonce) if asked else Ping(nonce=9))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(live)
+        await alive.send(Ping(nonce=9))
+        assert member.linked_to() == {host.peer_id}
+        await until(lambda: not host.connections(), within_s=10)
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_peer_that_reads_nothing_is_lost_and_holds_nobody_up(
     autojump_clock, swarm, members
 ):
