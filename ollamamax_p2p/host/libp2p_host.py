@@ -343,6 +343,8 @@ class Libp2pHost:
                 net_stream = await connection.new_stream()
                 await self._ask_for(net_stream, protocol)
         except trio.TooSlowError:
+            # The peer may have another one that is well, and ours would stay the newest for ever.
+            self._nursery.start_soon(connection.close)
             raise PeerGone(peer, f"it did not answer to {protocol}") from None
         except ProtocolNotSupportedError:
             raise NotAdmitted(peer, f"it does not speak {protocol} with this node") from None
