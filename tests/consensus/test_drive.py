@@ -231,3 +231,93 @@ def snapshots_offered(drive: Drive) -> list[Message]:
         drive.step(lacks_it)
         sent += drive.take_work().sends
     return [each for each in sent if each.type is MessageType.SNAP]
+
+
+def following(settings: ConsensusSettings) -> Drive:
+    """Member 1 of three, which follows 3."""
+    log = RamLog()
+    bootstrap_log(log, [1, 2, 3])
+    drive = Drive(
+        1, log, applied=0, conf_state=ConfState(), settings=settings, rng=random.Random(1)
+    )
+    do_all(drive, log)
+    drive.step(Message(type=MessageType.HEARTBEAT, to=1, from_=3, term=2, commit=3))
+    do_all(drive, log)
+    assert drive.leader == 3
+    return drive
+
+
+def asked(drive: Drive) -> list[Message]:
+    sends = drive.take_work().sends
+    return [each for each in sends if each.type is MessageType.READ_INDEX]
+
+
+def test_a_read_takes_the_answer_to_an_attempt_that_it_had_given_up():
+    """A round trip that is longer than the patience must not keep it from ever ending."""
+    settings = ConsensusSettings()
+    drive = following(settings)
+    request = drive.read()
+    [first] = asked(drive)
+    again = []
+    while len(again) < 2:
+        drive.tick()
+        drive.step(Message(type=MessageType.HEARTBEAT, to=1, from_=3, term=2, commit=3))
+        again += asked(drive)
+    assert len({first.entries, *(each.entries for each in again)}) == 3  # none is used twice
+    answer = Message(
+        type=MessageType.READ_INDEX_RESP, to=1, from_=3, term=2, index=3, entries=first.entries
+    )
+    drive.step(answer)
+    drive.take_work()
+    assert [outcome.request for outcome in drive.take_outcomes()] == [request]
+    later = drive.read()
+    drive.step(answer)  # repeated, it says nothing about what was asked for since
+    drive.take_work()
+    assert drive.take_outcomes() == []
+    assert drive.requests_waiting == 1
+    drive.abandon(later)
+
+
+def test_a_leader_whose_disk_stalls_steps_down_and_may_lead_again_after():
+    settings = ConsensusSettings()
+    log = RamLog()
+    bootstrap_log(log, [1, 2, 3])
+    drive = Drive(
+        1, log, applied=0, conf_state=ConfState(), settings=settings, rng=random.Random(1)
+    )
+    do_all(drive, log)
+    drive.campaign()
+    do_all(drive, log)
+    for kind in (MessageType.PRE_VOTE_RESP, MessageType.VOTE_RESP):
+        term = drive.term + (kind is MessageType.PRE_VOTE_RESP)
+        drive.step(Message(type=kind, to=1, from_=2, term=term))
+        do_all(drive, log)
+    assert drive.leads
+    drive.propose(b"x")
+    stalled = drive.take_work().appends
+    assert stalled
+    ticks = 0
+    while drive.leads:
+        # Its followers answer all the time: only the disk is slow.
+        heard = Message(type=MessageType.HEARTBEAT_RESP, to=1, from_=2, term=drive.term)
+        drive.step(heard)
+        drive.tick()
+        drive.take_work()
+        ticks += 1
+    assert ticks * settings.tick_s <= settings.disk_stall_s + settings.tick_s
+    assert drive.disk_is_stalled
+    assert drive.disk_stalls == 1
+    for _ in range(10 * settings.election_ticks):
+        drive.tick()
+        drive.take_work()
+    assert not drive.raw_node.raft.role.name.endswith("CANDIDATE")  # it does not even try
+    for write in merged_writes(stalled, HardState()):
+        log.append(write.entries, write.hard_state)
+        for message in write.messages:
+            drive.appended(message)
+    do_all(drive, log)
+    assert not drive.disk_is_stalled
+    for _ in range(3 * settings.election_ticks):
+        drive.tick()
+        do_all(drive, log)
+    assert drive.raw_node.raft.role.name == "PRE_CANDIDATE"

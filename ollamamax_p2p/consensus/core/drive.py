@@ -184,6 +184,10 @@ class _Round:
     led: bool
 
 
+_LATE_ROUNDS_MAX = 64
+"""Of ReadIndex attempts that were given up and may still be answered: half a minute of them."""
+
+
 def merged_writes(appends: Iterable[Message], written: HardState) -> list[Write]:
     """STORAGE_APPENDs, in order, as few writes: one, or one more behind each snapshot.
 
@@ -395,6 +399,7 @@ class Drive:
         self._reads_waiting: list[int] = []
         self._reads_confirmed: list[tuple[int, int]] = []
         self._round: _Round | None = None
+        self._late_rounds: dict[bytes, _Round] = {}
         self._attempts = 0
         self._lease = (0, 0.0)
         """The term and the time at which the last confirmed round began."""
@@ -805,14 +810,22 @@ class Drive:
         ):
             self._round = None
             self._reads_waiting = under_way.requests + self._reads_waiting
+            # Its answer is still one: it was asked for after these reads were. Where a round trip
+            # takes longer than our patience (a busy machine), no other would ever come in time.
+            self._late_rounds[under_way.context] = under_way
+            if len(self._late_rounds) > _LATE_ROUNDS_MAX:
+                del self._late_rounds[next(iter(self._late_rounds))]
 
     def _take_read_answer(self, context: bytes, index: int) -> None:
         under_way = self._round
-        if under_way is None or under_way.context != context:
+        if under_way is not None and under_way.context == context:
+            self._round = None
+        else:
+            under_way = self._late_rounds.pop(context, None)
+        if under_way is None:
             return
-        self._round = None
         if under_way.led:
-            self._lease = (under_way.term, under_way.started)
+            self._lease = max(self._lease, (under_way.term, under_way.started))
         self._reads_confirmed += [(index, request) for request in under_way.requests]
         self._finish_reads()
 
