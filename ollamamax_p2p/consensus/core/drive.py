@@ -184,6 +184,11 @@ class _Round:
     led: bool
 
 
+_TERM_STEP_MAX = 2**32
+"""A peer may be ahead by no more: an election every half second would take 68 years. Without this
+one message moves the term to the end of all terms, on every disk, and nobody is ever elected again.
+"""
+
 _LATE_ROUNDS_MAX = 64
 """Of ReadIndex attempts that were given up and may still be answered: half a minute of them."""
 
@@ -551,6 +556,8 @@ class Drive:
 
     def _is_bounded(self, message: Message) -> bool:
         limit = self._settings.max_command_bytes + _PROPOSAL_OVERHEAD_BYTES
+        if message.term > self.term + _TERM_STEP_MAX:
+            return False
         return message.type is not MessageType.PROP or all(
             len(entry.data) <= limit for entry in message.entries
         )
