@@ -321,3 +321,13 @@ def test_a_leader_whose_disk_stalls_steps_down_and_may_lead_again_after():
         drive.tick()
         do_all(drive, log)
     assert drive.raw_node.raft.role.name == "PRE_CANDIDATE"
+
+
+@pytest.mark.parametrize("kind", [MessageType.PROP, MessageType.READ_INDEX])
+def test_what_is_for_a_leader_goes_no_further_from_one_that_is_none(kind):
+    """It would go in its sender's name, and who does that is taken for hostile."""
+    drive = following(ConsensusSettings())
+    entries = (Entry(0, 0, data=b"x"),)
+    drive.step(Message(type=kind, to=1, from_=2, entries=entries))
+    assert [each for each in drive.take_work().sends if each.from_ != 1] == []
+    assert drive.messages_refused == 0

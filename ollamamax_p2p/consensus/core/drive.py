@@ -83,6 +83,7 @@ from ollamamax_p2p.errors import (
     QuorumLost,
 )
 
+_TYPES_FOR_LEADER = frozenset({MessageType.PROP, MessageType.READ_INDEX})
 _TYPES_FROM_LEADER = frozenset({MessageType.APP, MessageType.HEARTBEAT, MessageType.SNAP})
 _LOCAL_IDS = (LOCAL_APPEND_THREAD, LOCAL_APPLY_THREAD, NOBODY)
 
@@ -549,6 +550,10 @@ class Drive:
             if self._fetching is None:
                 self._fetching = message
                 self._new_fetches.append(message)
+        elif message.type in _TYPES_FOR_LEADER and not self.leads:
+            # Forwarded once more it would come in another's name, which the next one refuses; its
+            # sender asks again, and then whoever leads.
+            self.proposals_dropped += 1
         elif message.entries and message.type is MessageType.APP and self._is_behind_with_writes():
             pass  # the leader sends it again; here it would only fill the memory
         else:
