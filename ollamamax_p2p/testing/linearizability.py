@@ -73,7 +73,9 @@ class Operation:
 class Model(Protocol):
     """One copy of one key that does one thing at a time."""
 
-    initial: Hashable
+    @property
+    def initial(self) -> Hashable:
+        """The state before anything."""
 
     def step(self, state: Any, call: Any, result: Any) -> Iterable[Hashable]:
         """The states that the call may leave if it gave this result; none if it can't have given
