@@ -40,6 +40,9 @@ NEWS_MAX = 4_096
 FOUND_ENOUGH = 4
 """Holders that are enough to begin with; the catalogue's hints are tried if fewer are found."""
 
+FOUND_MAX = 32
+"""As many as a ProviderDirectory gives."""
+
 HINTS_TRIED = 8
 REACH_S = 3.0
 """How many of the catalogue's holders are dialled at once, and for how long: they are hints."""
@@ -220,7 +223,7 @@ class AgreedProviders:
             async with trio.open_nursery() as nursery:
                 for peer in hints[:HINTS_TRIED]:
                     nursery.start_soon(self._reach, peer, reached)
-        return [*found, *reached]
+        return [*found, *reached][:FOUND_MAX]
 
     async def _reach(self, peer: PeerId, reached: list[PeerId]) -> None:
         try:

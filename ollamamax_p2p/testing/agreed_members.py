@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+from ollamamax_p2p.cluster import printable_name
 from ollamamax_p2p.cluster.core.commands import (
     VOTES,
     AdmitMember,
@@ -99,7 +100,10 @@ class AgreedMembers:
     async def redeem(self, secret: bytes, peer: PeerId, name: str) -> Admission:
         """See MemberGate."""
         command = RedeemTicket(
-            secret_hash=_hash(secret), peer=peer, now=int(self._wall_clock()), name=name or "node"
+            secret_hash=_hash(secret),
+            peer=peer,
+            now=int(self._wall_clock()),
+            name=printable_name(name),
         )
         done = self._do(command)
         members = [(PeerId(key), row.raft_id) for key, row in self._tables.items(Member)]
