@@ -21,11 +21,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, TypeAlias
 
 import msgspec
 import trio
-from msgspec import Meta
 
 from ollamamax_p2p.cluster.cluster_state import ClusterState, open_cluster_state
 from ollamamax_p2p.cluster.core.agreed_settings import SETTINGS, Setting
@@ -57,16 +55,27 @@ from ollamamax_p2p.cluster.core.commands import (
     decode_result,
     encode_command,
 )
+from ollamamax_p2p.cluster.core.messages import (
+    REPLICA_LINES_MAX,
+    AnyAnswer,
+    AnyRequest,
+    LookAtReplicas,
+    ReplicaLine,
+    Replicas,
+    TransferLeader,
+    Transferred,
+    answers_codec,
+    requests_codec,
+)
 from ollamamax_p2p.cluster.core.rows import Member
 from ollamamax_p2p.cluster.place import (
     FOUNDER_RAFT_ID,
     LEAVE_AND_JOIN,
     Place,
-    RaftId,
     load_place,
     save_place,
 )
-from ollamamax_p2p.cluster.status import ClusterMember, ClusterStatus
+from ollamamax_p2p.cluster.status import ClusterStatus, described, disk_trouble
 from ollamamax_p2p.consensus import (
     ConsensusSettings,
     LogStorage,
@@ -108,7 +117,7 @@ from ollamamax_p2p.identity import (
     parse_peer_id,
 )
 from ollamamax_p2p.observability import Event, EventFeed
-from ollamamax_p2p.wire import Codec, Message, protocol_ids
+from ollamamax_p2p.wire import protocol_ids
 
 _log = logging.getLogger(__name__)
 
@@ -118,9 +127,6 @@ DEMOTED_S = 20.0
 LOOK_S = 0.5
 """How often a leader looks after its followers: a dead voter counts in tens of seconds, a new
 member should not wait."""
-
-REPLICA_LINES_MAX = 10_000
-"""As many members as there may be; each takes 30 bytes."""
 
 ASK_LEADER_S = 2.0
 """For the leader to tell how far the others are; a status does not wait for a dead one."""
@@ -149,42 +155,6 @@ class AboutThisNode:
     """At most 64 printable characters; `printable_name` makes them."""
     region: str
     may_vote: bool
-
-
-class TransferLeader(Message, tag="transfer_leader", frozen=True):
-    """To the leader: let this member lead."""
-
-    raft_id: RaftId
-
-
-class Transferred(Message, tag="transferred", frozen=True):
-    """Somebody else leads now."""
-
-
-class LookAtReplicas(Message, tag="look_at_replicas", frozen=True):
-    """To the leader: how far are the others?"""
-
-
-class ReplicaLine(msgspec.Struct, array_like=True, frozen=True):
-    """What a leader knows of one replica."""
-
-    raft_id: RaftId
-    lag: Annotated[int, Meta(ge=0, le=2**62)]
-    state: Annotated[str, Meta(max_length=16)]
-    last_contact_s: Annotated[float, Meta(ge=0, le=1e9)] | None
-
-
-class Replicas(Message, tag="replicas", frozen=True):
-    """So far, as the leader knows."""
-
-    lines: Annotated[tuple[ReplicaLine, ...], Meta(max_length=REPLICA_LINES_MAX)]
-
-
-AnyRequest: TypeAlias = TransferLeader | LookAtReplicas
-AnyAnswer: TypeAlias = Transferred | Replicas
-
-_requests: Codec[AnyRequest] = Codec(AnyRequest, max_bytes=1024)
-_answers: Codec[AnyAnswer] = Codec(AnyAnswer, max_bytes=512 * 1024)
 
 
 def printable_name(name: str) -> str:
@@ -306,8 +276,8 @@ async def _opened(
             open_requests(
                 host,
                 protocol_ids.CLUSTER,
-                requests=_requests,
-                answers=_answers,
+                requests=requests_codec,
+                answers=answers_codec,
                 answer=cluster._answer,
             ) as requests,
             trio.open_nursery() as nursery,
@@ -666,12 +636,12 @@ class Cluster:
             state_index=state_index,
             state_hash=state_hash.hex(),
             changing=replica.has_pending_change,
-            trouble=_disk_trouble(replica),
+            trouble=disk_trouble(replica),
             swarm_key_generation=state.swarm_key_generation() if state.swarm_keys() else 0,
             tickets=state.tickets().alive,
             settings=asdict(state.settings()),
             members=tuple(
-                _described(member, replica, lines.get(member.raft_id))
+                described(member, replica, lines.get(member.raft_id))
                 for member in sorted(state.members().values(), key=lambda each: each.raft_id)
             ),
         )
@@ -928,37 +898,6 @@ def _setting_value(text: str, setting: Setting) -> SettingValue:
     if setting.choices is None and text.lower() in words:
         return words[text.lower()]
     return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else -1
-
-
-def _described(member: Member, replica: ReplicaStatus, line: ReplicaLine | None) -> ClusterMember:
-    if member.raft_id == replica.leader:
-        role = "leader"
-    elif member.raft_id in replica.voters:
-        role = "voter"
-    elif member.raft_id in replica.voters_outgoing:
-        role = "leaving"
-    else:
-        role = "learner" if member.raft_id in replica.learners else "joining"
-    leads = member.raft_id == replica.leader
-    return ClusterMember(
-        peer_id=member.peer,
-        name=member.name,
-        region=member.region,
-        role=role,
-        wish=member.role,
-        may_vote=member.may_vote,
-        raft_id=member.raft_id,
-        lag=0 if leads else line.lag if line else None,
-        state="" if line is None else line.state,
-        last_contact_s=0.0 if leads else line.last_contact_s if line else None,
-        addresses=member.addresses,
-    )
-
-
-def _disk_trouble(replica: ReplicaStatus) -> str:
-    if replica.disk_is_full:
-        return "the disk is full: nothing new can be agreed on here until there is room"
-    return "the disk does not finish its writes" if replica.disk_is_stalled else ""
 
 
 def _session_ended(result: bytes) -> bool:

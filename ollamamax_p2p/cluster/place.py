@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from ollamamax_p2p.cluster.core.messages import RaftId
 from ollamamax_p2p.errors import StoreDamaged
 from ollamamax_p2p.host import Admission
 from ollamamax_p2p.identity import read_secret, write_secret
@@ -26,8 +27,6 @@ LEAVE_AND_JOIN = (
 """What to do when a node's part in the agreement is lost: it must come back as somebody else."""
 
 FIRST_REMOVE = "`omx cluster remove` this node at another member, then join again"
-
-RaftId = Annotated[int, Meta(ge=1, le=2**62)]
 
 _log = logging.getLogger(__name__)
 

@@ -1,6 +1,12 @@
 """ClusterStatus: the cluster in one look, as `omx cluster status` shows it."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the CLI draws these values, and runs no replica
+    from ollamamax_p2p.cluster.core.messages import ReplicaLine
+    from ollamamax_p2p.cluster.core.rows import Member
+    from ollamamax_p2p.consensus import ReplicaStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,3 +68,38 @@ class ClusterStatus:
     """What the cluster has agreed on about itself."""
     members: tuple[ClusterMember, ...]
     """In the order in which they joined."""
+
+
+def described(
+    member: "Member", replica: "ReplicaStatus", line: "ReplicaLine | None"
+) -> ClusterMember:
+    """A member as this node's replica sees it. line: what the leader told of it, if it did."""
+    if member.raft_id == replica.leader:
+        role = "leader"
+    elif member.raft_id in replica.voters:
+        role = "voter"
+    elif member.raft_id in replica.voters_outgoing:
+        role = "leaving"
+    else:
+        role = "learner" if member.raft_id in replica.learners else "joining"
+    leads = member.raft_id == replica.leader
+    return ClusterMember(
+        peer_id=member.peer,
+        name=member.name,
+        region=member.region,
+        role=role,
+        wish=member.role,
+        may_vote=member.may_vote,
+        raft_id=member.raft_id,
+        lag=0 if leads else line.lag if line else None,
+        state="" if line is None else line.state,
+        last_contact_s=0.0 if leads else line.last_contact_s if line else None,
+        addresses=member.addresses,
+    )
+
+
+def disk_trouble(replica: "ReplicaStatus") -> str:
+    """For people; "" if there is none."""
+    if replica.disk_is_full:
+        return "the disk is full: nothing new can be agreed on here until there is room"
+    return "the disk does not finish its writes" if replica.disk_is_stalled else ""
