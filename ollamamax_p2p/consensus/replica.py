@@ -25,7 +25,7 @@ and goes on by itself when there is room.
 
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -40,11 +40,9 @@ from ollamamax_p2p.consensus.core.drive import (
     Outcome,
     ReadKind,
     Work,
-    Write,
     command_of,
     merged_writes,
     proposal_of,
-    snapshot_to_adopt,
 )
 from ollamamax_p2p.consensus.core.log_errors import Compacted
 from ollamamax_p2p.consensus.core.logger import Logger
@@ -56,7 +54,6 @@ from ollamamax_p2p.consensus.core.messages import (
     Entry,
     HardState,
     Message,
-    Snapshot,
     SnapshotMetadata,
     payload_size,
 )
@@ -65,6 +62,15 @@ from ollamamax_p2p.consensus.log_storage import LogStorage
 from ollamamax_p2p.consensus.session_places import SessionPlaces
 from ollamamax_p2p.consensus.settings import ConsensusSettings
 from ollamamax_p2p.consensus.state_machine import StateMachine
+from ollamamax_p2p.consensus.storage_work import (
+    carry_out_applies,
+    carry_out_write,
+    let_go,
+    make_snapshot,
+    open_drive,
+    snapshot_index,
+    snapshot_lacks_member,
+)
 from ollamamax_p2p.consensus.transport import Transport
 from ollamamax_p2p.errors import (
     DeadlineExceeded,
@@ -183,14 +189,10 @@ async def open_replica(
     session_ended: tells from a result that the state machine does not know the command's session.
     Raises LogDamaged if log and state machine do not belong together; LocalTrouble of both.
     """
-    begun = snapshot_to_adopt(log, state_machine.applied_index, state_machine.newest_snapshot())
-    if begun is not None:
-        log.install_snapshot(Snapshot(begun))
-    drive = Drive(
+    drive = open_drive(
         raft_id,
         log,
-        applied=state_machine.applied_index,
-        conf_state=state_machine.conf_state,
+        state_machine,
         settings=settings,
         rng=rng,
         logger=logger,
@@ -239,7 +241,7 @@ class Replica:
         self._written = log.initial_state()[0]
         self._not_written: HardState | None = None
         """A commit index on which nothing depends; the next write takes it along, or the ticker."""
-        self._snapshot_index = _snapshot_index(log)
+        self._snapshot_index = snapshot_index(log)
         self._bytes_since_snapshot = 0
         self._work_came = trio.Event()
         self._to_write: list[Message] = []
@@ -486,7 +488,7 @@ class Replica:
         """Make one now, and let go of the log behind it; None if a snapshot is just coming in.
         Raises StoreFull.
         """
-        metadata = await self._call(self._calls, self._snapshot_now)
+        metadata = await self._call(self._calls, make_snapshot, self._log, self._state_machine)
         if metadata is not None and metadata.index > self._snapshot_index:
             await self._call(self._disk, self._let_go, metadata)
             self._snapshot_index, self._bytes_since_snapshot = metadata.index, 0
@@ -576,7 +578,7 @@ class Replica:
                 for write in merged_writes(batch, self._written):
                     write.hard_state = write.hard_state or self._not_written
                     if not write.can_wait:
-                        await self._call(self._disk, self._write_now, write)
+                        await self._call(self._disk, carry_out_write, self._log, write)
                     self._not_written = write.hard_state if write.can_wait else None
                     self._written = write.hard_state or self._written
                     for message in write.messages:
@@ -594,16 +596,9 @@ class Replica:
     async def _write_commit_index(self) -> None:
         state, self._not_written = self._not_written, None
         if state is not None:
+            write = Write([], hard_state=state)
             with suppress(StoreFull):  # it will be told again by the leader, or by the log itself
-                await self._call(self._disk, self._write_now, Write([], hard_state=state))
-
-    def _write_now(self, write: Write) -> None:
-        if write.snapshot is None:
-            self._log.append(write.entries, write.hard_state, sync=write.sync)
-            return
-        self._log.install_snapshot(write.snapshot, write.hard_state)
-        if write.entries:
-            self._log.append(write.entries)
+                await self._call(self._disk, carry_out_write, self._log, write)
 
     async def _apply(self) -> None:
         while True:
@@ -611,7 +606,9 @@ class Replica:
             self._apply_came = trio.Event()
             batch, self._to_apply = self._to_apply, []
             try:
-                results = await self._call(self._calls, self._apply_now, batch)
+                results = await self._call(
+                    self._calls, carry_out_applies, self._state_machine, batch
+                )
             except StoreFull as error:
                 if not self._drive.apply_is_full:
                     _log.error("nothing can be applied: %s", error)
@@ -624,16 +621,6 @@ class Replica:
                 self._tell_changed()
                 self._much_applied.set()
             self._wake()
-
-    def _apply_now(self, batch: Sequence[Apply]) -> list[list[bytes | None]]:
-        """In one transaction; None for what came with a snapshot that lies ahead."""
-        done = self._state_machine.applied_index
-        commands = [each for apply in batch for each in apply.commands if each.index > done]
-        results = iter(self._state_machine.apply(commands) if commands else [])
-        return [
-            [next(results) if command.index > done else None for command in apply.commands]
-            for apply in batch
-        ]
 
     async def _fetch(self, message: Message) -> None:
         assert message.snapshot is not None
@@ -669,30 +656,12 @@ class Replica:
                 except StoreFull as error:
                     _log.error("no snapshot can be made: %s", error)
 
-    def _snapshot_lacks_member(self) -> bool:
-        """A member takes no snapshot in which it is none, and if the log begins late it needs one:
-        so who is added costs a snapshot.
-        """
-        if self._log.first_index() == 1:
-            return False
-        made = self._log.snapshot().metadata.conf_state
-        now = self._drive.raw_node.raft.tracker.config.conf_state()
-        known = {*made.voters, *made.voters_outgoing, *made.learners}
-        return not known.issuperset((*now.voters, *now.learners))
-
-    def _snapshot_now(self) -> SnapshotMetadata | None:
-        index = self._state_machine.applied_index
-        if index > self._log.last_index() or index <= _snapshot_index(self._log):
-            return None
-        return self._state_machine.make_snapshot(self._log.term(index))
-
     def _let_go(self, metadata: SnapshotMetadata) -> None:
-        if metadata.index <= _snapshot_index(self._log):
-            return  # one from the leader has overtaken it
-        self._log.save_snapshot(Snapshot(metadata))
-        behind = metadata.index - self._settings.trailing_entries
-        if behind >= self._log.first_index():
-            self._log.compact(behind)
+        let_go(self._log, metadata, trailing_entries=self._settings.trailing_entries)
+
+    def _snapshot_lacks_member(self) -> bool:
+        now = self._drive.raw_node.raft.tracker.config.conf_state()
+        return snapshot_lacks_member(self._log, now)
 
     async def _call(
         self, limiter: trio.CapacityLimiter, job: Callable[..., Result], *arguments: object
@@ -711,10 +680,3 @@ class _Answer:
     def __init__(self) -> None:
         self.came = trio.Event()
         self.outcome: Outcome | None = None
-
-
-def _snapshot_index(log: LogStorage) -> int:
-    try:
-        return log.snapshot().metadata.index
-    except LookupError:
-        return 0
