@@ -145,6 +145,15 @@ def test_no_more_proposals_and_reads_wait_than_the_settings_say():
         drive.read()
 
 
+def test_no_more_changes_of_the_configuration_wait_than_the_settings_say():
+    drive, _ = alone()
+    change = ConfChangeV2(changes=(ConfChangeSingle(ConfChangeType.ADD_LEARNER_NODE, 2),))
+    for _ in range(ConsensusSettings().proposals_waiting_max):
+        drive.propose_conf_change(change)
+    with pytest.raises(ProposalDropped, match="wait"):
+        drive.propose_conf_change(change)
+
+
 def test_a_leader_whose_disk_does_not_finish_a_write_steps_down():
     drive, _ = alone()
     drive.propose(b"data")

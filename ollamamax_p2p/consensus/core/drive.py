@@ -648,9 +648,11 @@ class Drive:
     def propose_conf_change(self, change: ConfChangeV2, data: bytes = b"") -> int:
         """Have the configuration changed, and a command applied with it, both or none.
 
-        Raises NotLeader; ProposalDropped; ValueError if it is too long.
+        Raises NotLeader; ProposalDropped, as `propose`; ValueError if it is too long.
         """
         self._must_lead()
+        if len(self._changes) >= self._settings.proposals_waiting_max:
+            raise ProposalDropped(f"{len(self._changes)} other changes wait already")
         if self.disk_is_full:
             raise ProposalDropped("this node's disk is full")
         index = self._raft.log.last_index() + 1
