@@ -40,6 +40,7 @@ from ollamamax_p2p.consensus.core.drive import (
     Outcome,
     ReadKind,
     Work,
+    Write,
     command_of,
     merged_writes,
     proposal_of,
