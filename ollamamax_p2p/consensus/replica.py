@@ -64,6 +64,7 @@ from ollamamax_p2p.consensus.session_places import SessionPlaces
 from ollamamax_p2p.consensus.settings import ConsensusSettings
 from ollamamax_p2p.consensus.state_machine import StateMachine
 from ollamamax_p2p.consensus.storage_work import (
+    WaitingCommit,
     carry_out_applies,
     carry_out_write,
     let_go,
@@ -240,8 +241,7 @@ class Replica:
         self._session_ended = session_ended
         self._disk = trio.CapacityLimiter(1)
         self._written = log.initial_state()[0]
-        self._not_written: HardState | None = None
-        """A commit index on which nothing depends; the next write takes it along, or the ticker."""
+        self._waiting_commit = WaitingCommit()
         self._snapshot_index = snapshot_index(log)
         self._bytes_since_snapshot = 0
         self._work_came = trio.Event()
@@ -534,7 +534,7 @@ class Replica:
             await trio.sleep_until(due)
             self._drive.tick(trio.current_time())
             self._wake()
-            if self._not_written is not None:
+            if self._waiting_commit.state is not None:
                 self._write_came.set()
 
     async def _loop(self) -> None:
@@ -577,10 +577,8 @@ class Replica:
                 await self._write_commit_index()
             try:
                 for write in merged_writes(batch, self._written):
-                    write.hard_state = write.hard_state or self._not_written
-                    if not write.can_wait:
+                    if not self._waiting_commit.may_wait(write):
                         await self._call(self._disk, carry_out_write, self._log, write)
-                    self._not_written = write.hard_state if write.can_wait else None
                     self._written = write.hard_state or self._written
                     for message in write.messages:
                         self._drive.appended(message)
@@ -595,7 +593,8 @@ class Replica:
                 self._wake()
 
     async def _write_commit_index(self) -> None:
-        state, self._not_written = self._not_written, None
+        """From time to time, where nothing else is written: less is to be done after a restart."""
+        state, self._waiting_commit.state = self._waiting_commit.state, None
         if state is not None:
             write = Write([], hard_state=state)
             with suppress(StoreFull):  # it will be told again by the leader, or by the log itself

@@ -11,7 +11,12 @@ from collections.abc import Callable, Sequence
 from ollamamax_p2p.consensus.core.drive import Apply, Drive, Write, snapshot_to_adopt
 from ollamamax_p2p.consensus.core.log_errors import SnapshotTemporarilyUnavailable
 from ollamamax_p2p.consensus.core.logger import Logger
-from ollamamax_p2p.consensus.core.messages import ConfState, Snapshot, SnapshotMetadata
+from ollamamax_p2p.consensus.core.messages import (
+    ConfState,
+    HardState,
+    Snapshot,
+    SnapshotMetadata,
+)
 from ollamamax_p2p.consensus.log_storage import LogStorage
 from ollamamax_p2p.consensus.settings import ConsensusSettings
 from ollamamax_p2p.consensus.state_machine import StateMachine
@@ -43,6 +48,24 @@ def open_drive(
         logger=logger,
         name_of=name_of,
     )
+
+
+class WaitingCommit:
+    """A commit index that has only moved. Nothing depends on its being durable, so it costs neither
+    a write nor an fsync of its own: the next write that cannot wait takes it along.
+    """
+
+    def __init__(self) -> None:
+        self.state: HardState | None = None
+        """None: nothing waits."""
+
+    def may_wait(self, write: Write) -> bool:
+        """Whether this write need not be carried out: its messages may go. If it must be, it takes
+        along what waited.
+        """
+        write.hard_state = write.hard_state or self.state
+        self.state = write.hard_state if write.can_wait else None
+        return write.can_wait
 
 
 def carry_out_write(log: LogStorage, write: Write) -> None:

@@ -116,6 +116,7 @@ class SimulatedReplica:
         """All that the process had."""
         self.log: FileLog | None = None
         self.written = HardState()
+        self.waiting_commit = storage_work.WaitingCommit()
         self.to_write: list[Message] = []
         self.writes: deque[Write] = deque()
         self.to_let_go: SnapshotMetadata | None = None
@@ -459,6 +460,8 @@ class SimulatedCluster:
         """The write that is next; False if there is no room. Its node ends if a sync fails."""
         assert node.log is not None
         write = node.writes[0]
+        if node.waiting_commit.may_wait(write):
+            return True
         self._fill_disk(node)
         self.invariants.will_write(node.raft_id, write)
         try:
@@ -935,7 +938,7 @@ class SimulatedCluster:
             if node.letting_go is not None:
                 trailing = self.plan.settings.trailing_entries
                 storage_work.let_go(log, node.letting_go, trailing_entries=trailing)
-            elif node.writes:
+            elif node.writes and not node.waiting_commit.may_wait(node.writes[0]):
                 self.invariants.will_write(node.raft_id, node.writes[0])
                 storage_work.carry_out_write(log, node.writes[0])
         except (Crashed, StoreFull, LogSyncFailed):
