@@ -64,7 +64,7 @@ async def test_thousands_of_commands_at_once_are_applied_once_each(autojump_cloc
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_nothing_is_applied_twice_or_lost_while_leaders_and_messages_are(
-    autojump_clock, seed
+    autojump_clock, repeatable, seed
 ):
     rng = random.Random(seed)
     async with open_cluster(seed=seed) as cluster:

@@ -729,8 +729,9 @@ class Drive:
                 continue
             if self.leads and waiting.term == self.term and not waiting.forwarded:
                 continue  # it is in this log, and nothing but an election takes it away
-            # Doubled each time: what is only slow must not be made slower.
-            patience = self._retry_ticks << min(waiting.attempts - 1, 5)
+            # Doubled twice: what is only slow must not be made slower, and what is lost again and
+            # again (a leader that comes and goes) must find its moment before the time is over.
+            patience = self._retry_ticks << min(waiting.attempts - 1, 2)
             if waiting.term != self.term or self._ticks - waiting.tick >= patience:
                 self._unsent[request] = None
 
