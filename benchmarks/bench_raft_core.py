@@ -55,10 +55,9 @@ class Cluster:
         self.applied = dict.fromkeys(ids, 0)
         self.messages: deque[Message] = deque()
 
-    @staticmethod
-    def new_log(voters: tuple[int, ...]) -> RamLog:
+    def new_log(self, ids: tuple[int, ...]) -> RamLog:
         log = RamLog()
-        log.install_snapshot(Snapshot(SnapshotMetadata(1, 1, ConfState(voters))))
+        log.install_snapshot(Snapshot(SnapshotMetadata(1, 1, ConfState(voters=ids))))
         return log
 
     def settle(self) -> None:

@@ -23,20 +23,26 @@ if TYPE_CHECKING:
         PeerInfo,
         examine_machine,
     )
+    from ollamamax_p2p.cluster import ClusterMember, ClusterStatus, Recovery, RecoveryPlan
     from ollamamax_p2p.config import NodeConfig, load_config
+    from ollamamax_p2p.consensus import LogReport
     from ollamamax_p2p.errors import OmxError
-    from ollamamax_p2p.node import Node, check_ticket, open_node
+    from ollamamax_p2p.node import Node, check_ticket, forget_swarm, open_node
     from ollamamax_p2p.observability import Event
+    from ollamamax_p2p.offline import check_raft_log, prepare_recovery
     from ollamamax_p2p.transfer import PullProgress, PullReport, SourceShare
 
     __version__: str
 
 _HOMES = {
+    "ClusterMember": "cluster",
+    "ClusterStatus": "cluster",
     "Event": "observability",
     "Finding": "api",
     "Invitation": "api",
     "JoinReport": "api",
     "LocalClient": "api",
+    "LogReport": "consensus",
     "ModelDetails": "api",
     "ModelInfo": "api",
     "Node": "node",
@@ -46,19 +52,27 @@ _HOMES = {
     "PeerInfo": "api",
     "PullProgress": "transfer",
     "PullReport": "transfer",
+    "Recovery": "cluster",
+    "RecoveryPlan": "cluster",
     "SourceShare": "transfer",
+    "check_raft_log": "offline",
     "check_ticket": "node",
     "examine_machine": "api",
+    "forget_swarm": "node",
     "load_config": "config",
     "open_node": "node",
+    "prepare_recovery": "offline",
 }
 
 __all__ = [
+    "ClusterMember",
+    "ClusterStatus",
     "Event",
     "Finding",
     "Invitation",
     "JoinReport",
     "LocalClient",
+    "LogReport",
     "ModelDetails",
     "ModelInfo",
     "Node",
@@ -68,12 +82,17 @@ __all__ = [
     "PeerInfo",
     "PullProgress",
     "PullReport",
+    "Recovery",
+    "RecoveryPlan",
     "SourceShare",
     "__version__",
+    "check_raft_log",
     "check_ticket",
     "examine_machine",
+    "forget_swarm",
     "load_config",
     "open_node",
+    "prepare_recovery",
 ]
 
 

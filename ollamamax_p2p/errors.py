@@ -33,6 +33,7 @@
     │   ├── PeerUnreachable          no address of a peer answered
     │   ├── PeerGone                 the connection ended or fell silent
     │   ├── NotAdmitted              the peer does not take us for a member
+    │   ├── SwarmChanging            this node is between two swarms, or two keys of one
     │   ├── DeadlineExceeded         it took longer than it was given
     │   ├── NoSources                nobody who can be reached holds the rest
     │   ├── NotLeader                another replica leads, or none is known
@@ -406,6 +407,16 @@ class NotAdmitted(NetworkTrouble):
             f"peer {peer} does not admit this node: {problem}; join with a ticket (`omx join`)"
         )
         self.peer = peer
+
+
+class SwarmChanging(NetworkTrouble):
+    """This node is in no swarm for the moment."""
+
+    def __init__(self) -> None:
+        """Nothing else is to be told."""
+        super().__init__(
+            "this node is just joining or leaving a swarm, or changing its key; try again"
+        )
 
 
 class DeadlineExceeded(NetworkTrouble):

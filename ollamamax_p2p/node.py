@@ -1,21 +1,21 @@
 """open_node(): one running node. Builds the services bottom-up and owns the one top nursery.
 
 A node outlives the swarm it is in: key, store and API stay while `join` and `leave` end one
-**session** (host, links, discovery, transfer) and open the next, because another swarm means
-another pre-shared key for the host. `open_session` takes any PeerHost, so that simulated swarms run
-exactly what real nodes run.
+session (`session.Session`: host, cluster, links, discovery, transfer) and open the next, because
+another swarm means another pre-shared key for the host.
 """
 
 import contextlib
 import errno
 import fcntl
+import functools
 import logging
 import os
 import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +34,16 @@ from ollamamax_p2p.api import (
     StoreStatus,
     open_api,
 )
+from ollamamax_p2p.cluster import (
+    Cluster,
+    ClusterStatus,
+    RoleWish,
+    cluster_folder,
+    forget_other_clusters,
+    found_place,
+    printable_name,
+    save_admission,
+)
 from ollamamax_p2p.config import NodeConfig
 from ollamamax_p2p.content import (
     BlobStore,
@@ -44,30 +54,28 @@ from ollamamax_p2p.content import (
 )
 from ollamamax_p2p.content.core.model_name import ModelName, parse_model_name
 from ollamamax_p2p.discovery import (
-    Discovery,
     forget_remembered_peers,
     has_remembered_peers,
-    open_discovery,
 )
 from ollamamax_p2p.errors import (
     AccessRefused,
     BadConfig,
+    BadInput,
     DataDirInUse,
     DeadlineExceeded,
+    NetworkTrouble,
     NoSources,
+    NotFound,
     OmxError,
     OriginTrouble,
     PeerUnreachable,
+    PortInUse,
     StoreDamaged,
+    SwarmChanging,
     first_named,
     looks_like_ticket,
 )
-from ollamamax_p2p.host import (
-    Connections,
-    PeerHost,
-    open_connections,
-    open_libp2p_host,
-)
+from ollamamax_p2p.host import Connections, Libp2pHost, open_connections, open_libp2p_host
 from ollamamax_p2p.identity import (
     Address,
     Membership,
@@ -77,9 +85,11 @@ from ollamamax_p2p.identity import (
     load_or_create_key,
     parse_address,
     parse_ticket,
+    remove_secret,
 )
 from ollamamax_p2p.observability import EventFeed
-from ollamamax_p2p.transfer import Origin, PullProgress, PullReport, Transfer, open_transfer
+from ollamamax_p2p.session import Session, open_session
+from ollamamax_p2p.transfer import Origin, PullProgress, PullReport
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +98,12 @@ OnProgress = Callable[[PullProgress], None]
 
 _RENEWED_S = 60.0
 # A join or leave ends one session and opens another: two dials and a Kademlia start at most.
+
+RESIGN_S = 25.0
+"""For the others to do without this node: its vote is handed on first."""
+
+AGREE_S = 6.0
+"""For the cluster to agree on what a new model's name means: two elections fit."""
 
 
 def wall_clock() -> float:
@@ -105,18 +121,19 @@ def installed_version() -> str:
 
 @asynccontextmanager
 async def open_node(
-    config: NodeConfig | None = None, *, serve_api: bool = False
+    config: NodeConfig | None = None, *, serve_api: bool = False, brief: bool = False
 ) -> AsyncIterator["Node"]:
     """Run a node for as long as the block is open.
 
     config: the defaults if None; `load_config` reads file and environment.
     serve_api: also listen on `config.api.listen`, as `omx up` does.
+    brief: for one command: the cluster is not told of this node's present name and addresses.
     Raises LocalTrouble (DataDirInUse, PortInUse, KeyExposed, StoreFull…), BadConfig. What the block
     itself raises comes out as it is; only several errors at once come as a group.
     """
     only: BaseException | None = None
     try:
-        async with _opened_node(config or NodeConfig(), serve_api) as node:
+        async with _opened_node(config or NodeConfig(), serve_api, brief) as node:
             yield node
     except BaseExceptionGroup as group:
         only = _only_one(group)
@@ -136,8 +153,8 @@ def _only_one(error: BaseException) -> BaseException | None:
 
 
 @asynccontextmanager
-async def _opened_node(config: NodeConfig, serve_api: bool) -> AsyncIterator["Node"]:
-    with _data_dir_of_our_own(config.data_dir):
+async def _opened_node(config: NodeConfig, serve_api: bool, brief: bool) -> AsyncIterator["Node"]:
+    with data_dir_of_our_own(config.data_dir):
         await trio.to_thread.run_sync(_check_models_folder, config.content.models)
         key = await trio.to_thread.run_sync(load_or_create_key, config.data_dir / "node-key")
         membership = await trio.to_thread.run_sync(_membership_of, config)
@@ -149,11 +166,25 @@ async def _opened_node(config: NodeConfig, serve_api: bool) -> AsyncIterator["No
             _open_origin(config, key) as origin,
             trio.open_nursery() as nursery,
         ):
-            node = Node(config, key, membership, store, origin, feed)
+            node = Node(config, key, membership, store, origin, feed, brief=brief)
+            node._nursery = nursery
             await nursery.start(node._run_sessions)
             async with _maybe_api(node, config, serve_api):
                 yield node
             nursery.cancel_scope.cancel()
+
+
+def forget_swarm(config: NodeConfig) -> bool:
+    """Leave without telling anybody, for a node that cannot be started: remove the record of its
+    swarm and its part in the cluster. False if it was in none. Raises DataDirInUse, AccessRefused.
+    """
+    with data_dir_of_our_own(config.data_dir):
+        path = _membership_path(config)
+        was_in_one = path.exists()
+        remove_secret(path)
+        forget_other_clusters(config.data_dir, None)
+        forget_remembered_peers(config.data_dir)
+    return was_in_one
 
 
 def check_ticket(ticket_or_addresses: Sequence[str]) -> None:
@@ -174,83 +205,6 @@ def _way_in(given: Sequence[str]) -> Ticket | list[Address]:
     return [parse_address(text) for text in texts]
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
-    """What a node runs while it is in one swarm."""
-
-    membership: Membership
-    host: PeerHost
-    connections: Connections
-    discovery: Discovery
-    transfer: Transfer
-
-
-@asynccontextmanager
-async def open_session(
-    config: NodeConfig,
-    membership: Membership,
-    host: PeerHost,
-    store: BlobStore,
-    *,
-    origin: Origin | None,
-    feed: EventFeed,
-    rng: random.Random,
-    data_dir: Path | None = None,
-    clock: Callable[[], float] = wall_clock,
-    libp2p: Any = None,
-) -> AsyncIterator[Session]:
-    """Everything above the host, opened in layer order, announcing what the store holds.
-
-    data_dir: where peers are remembered across restarts; None forgets them.
-    libp2p: the host's own libp2p host, which Kademlia needs; None runs without Kademlia.
-    """
-    learned: list[Callable[[Sequence[Address]], None]] = []
-    # Links come before discovery, which dials through them, and tell it what they learn.
-
-    def on_addresses(addresses: Sequence[Address]) -> None:
-        for learn in learned:
-            learn(addresses)
-
-    async with (
-        open_connections(
-            host,
-            membership,
-            config.host,
-            rng=rng,
-            feed=feed,
-            agent=f"ollamamax_p2p/{installed_version()} {config.name}",
-            wall_clock=clock,
-            on_addresses=on_addresses,
-        ) as connections,
-        open_discovery(
-            host,
-            connections,
-            membership.mdns_fingerprint(),
-            config.discovery,
-            data_dir=data_dir,
-            libp2p=libp2p,
-            rng=rng,
-            feed=feed,
-            wall_clock=clock,
-            open_swarm=membership.is_open,
-        ) as discovery,
-        open_transfer(
-            host,
-            store,
-            discovery.providers,
-            config.transfer,
-            origin=origin,
-            connected_peers=lambda: [status.peer for status in connections.peers()],
-            rng=rng,
-            feed=feed,
-            wall_clock=clock,
-            origin_settings=config.origin,
-        ) as transfer,
-    ):
-        learned.append(discovery.learn)
-        yield Session(membership, host, connections, discovery, transfer)
-
-
 class Node:
     """A running node. Made by `open_node`; every method may be called from any task."""
 
@@ -262,17 +216,22 @@ class Node:
         store: BlobStore,
         origin: Origin | None,
         feed: EventFeed,
+        *,
+        brief: bool,
     ) -> None:
         self.config = config
+        self._brief = brief
         self.peer_id = key.peer_id
         self.events = feed
         self.api_address = ""
         self._key = key
+        self._nursery: trio.Nursery
         self._membership = membership
         self._store = store
         self._origin = origin
         self._rng = random.Random(secrets.randbits(128))
         self._session: Session | None = None
+        self._listening: tuple[str, ...] = ()
         self._pulling: set[trio.CancelScope] = set()
         """Of those who wait for a pull of this session, and would wait for ever without it."""
         # One at a time: a second join must see that the first has succeeded.
@@ -296,6 +255,8 @@ class Node:
     async def status(self) -> NodeStatus:
         """One look at the node."""
         session = self._now
+        # First: what is awaited below may outlive the session.
+        cluster = await session.cluster.status() if session.cluster else None
         return NodeStatus(
             peer_id=self.peer_id,
             name=self.config.name,
@@ -318,6 +279,7 @@ class Node:
             pulls=session.transfer.pulls(),
             mdns=session.discovery.mdns_state,
             other_swarms=tuple(session.discovery.other_swarms()),
+            cluster=cluster,
         )
 
     async def peers(self) -> tuple[PeerInfo, ...]:
@@ -359,12 +321,12 @@ class Node:
         )
         return ModelDetails(layers=layers, **described)
 
-    async def copy(self, source: str, destination: str) -> None:
+    async def copy(self, source: str, destination: str) -> ModelInfo:
         """Give a model a second name. Raises BadName, ModelNotFound, StoreReadOnly."""
         to = parse_model_name(destination)
         transfer = self._now.transfer
         await transfer.put_manifest(to, await self._store.manifest(parse_model_name(source)))
-        await transfer.announce(to)
+        return await self._made_here(to)
 
     async def remove(self, name: str) -> None:
         """Remove a name, and the blobs that no other needs. Raises BadName, ModelNotFound."""
@@ -411,39 +373,69 @@ class Node:
         """Make a local GGUF or safetensors file a model; the file is neither moved nor changed."""
         parsed = parse_model_name(name)
         await import_model(self._store, Path(path), parsed)
-        return await self._announced(parsed)
+        return await self._made_here(parsed)
 
     async def create_model(self, name: str, modelfile: str, base_dir: Path | str) -> ModelInfo:
         """Make a model from a Modelfile's text; relative paths in it count from base_dir."""
         parsed = parse_model_name(name)
         await create_model(self._store, parsed, modelfile, Path(base_dir))
-        return await self._announced(parsed)
+        return await self._made_here(parsed)
 
-    async def _announced(self, name: ModelName) -> ModelInfo:
+    async def _made_here(self, name: ModelName) -> ModelInfo:
+        """Tell the swarm of a model that was made on this node, and have agreed that this is what
+        its name means from now on.
+        """
         await self._now.transfer.announce(name)
-        return next(model for model in await self.models() if model.name == str(name))
+        note = await self._agree_on(name)
+        model = next(each for each in await self.models() if each.name == str(name))
+        return replace(model, note=note)
+
+    async def _agree_on(self, name: ModelName) -> str:
+        """Why it could not be agreed on; "" if it was."""
+        catalogue = self._now.catalogue
+        if catalogue is None:
+            return ""
+        manifest = await self._store.manifest(name)
+        try:
+            with trio.fail_after(AGREE_S):
+                await catalogue.define(name, manifest.digest)
+        except trio.TooSlowError:
+            problem = f"no answer within {AGREE_S:g} s"
+        except (NetworkTrouble, BadInput) as error:
+            problem = str(error)
+        else:
+            return ""
+        return (
+            f"this node has it, but the cluster has not agreed on it ({problem}); where the name "
+            "meant something before, the others keep that until this is done again"
+        )
 
     # -- the swarm -----------------------------------------------------------------------------
 
     async def invite(self, *, uses: int = 1, expires_s: float = 86_400.0) -> Invitation:
-        """Issue a ticket for this node's swarm.
+        """Issue a ticket for this node's swarm, which the cluster honours from then on.
 
         uses: 1 to 256 peers; expires_s: one second to 366 days. Raises BadConfig if one is out of
-        its range.
+        its range, NetworkTrouble if the cluster can agree on nothing now.
         """
         addresses = self.addresses[:16]
         if not addresses:
             raise BadConfig(
                 "host.listen", "this node listens nowhere, so nobody could use a ticket"
             )
-        issued = await trio.to_thread.run_sync(
-            lambda: self._membership.issue(
-                addresses, uses=uses, lifetime_s=int(expires_s), now=wall_clock()
-            )
+        ticket = self._membership.new_ticket(
+            addresses, uses=uses, lifetime_s=int(expires_s), now=wall_clock()
         )
+        await self._cluster.issue_ticket(ticket.secret, uses=uses, expires_at=ticket.expires_at)
         return Invitation(
-            ticket=format_ticket(issued), uses=uses, expires_at=_iso(issued.expires_at)
+            ticket=format_ticket(ticket), uses=uses, expires_at=_iso(ticket.expires_at)
         )
+
+    async def withdraw_tickets(self) -> int:
+        """Let nobody join by a ticket that was issued before; gives how many were still good.
+        Raises NetworkTrouble if that cannot be agreed on now.
+        """
+        return await self._cluster.withdraw_tickets()
 
     async def join(self, ticket_or_addresses: Sequence[str]) -> JoinReport:
         """Become a member by a ticket, or connect to the peer at the given multiaddrs.
@@ -458,13 +450,96 @@ class Node:
             return await self._join_by_addresses(way)
 
     async def leave(self) -> str:
-        """Forget the swarm, its keys and its members; models stay. The node is alone then."""
+        """Be a member no more, and forget the swarm and its keys; models stay. The node is alone
+        then. Gives "left", "not in a swarm", or what the others still have to do.
+        """
         async with self._moving:
             if await self._is_alone():
                 return "not in a swarm"
+            problem = await self._resign()
             await self._now.connections.leave()
             await self._move(self._start_alone)
-            return "left"
+            if not problem:
+                return "left"
+            return (
+                f"left, but the cluster does not know it ({problem}): there, "
+                f"`omx cluster remove {self.peer_id}`"
+            )
+
+    async def _resign(self) -> str:
+        """Why the cluster does not let go of this node; "" if it does."""
+        cluster = self._now.cluster
+        if cluster is None or not cluster.has_others() or cluster.was_removed:
+            return ""
+        try:
+            with trio.fail_after(RESIGN_S):
+                await cluster.leave()
+        except trio.TooSlowError:
+            return f"no agreement within {RESIGN_S:g} s"
+        except (NetworkTrouble, NotFound, BadInput) as error:
+            return str(error)
+        return ""
+
+    # -- the cluster ---------------------------------------------------------------------------
+
+    async def cluster_status(self) -> ClusterStatus:
+        """The cluster in one look. Raises BadConfig where this node is a member of none."""
+        return await self._cluster.status()
+
+    async def set_role(self, peer: str, role: RoleWish) -> None:
+        """Make a member a voter or a learner whatever autopilot thinks; `auto` leaves it to that.
+
+        peer: its id, its name, or a beginning of either that fits one member only. Raises BadInput,
+        PeerNotFound, NetworkTrouble.
+        """
+        await self._cluster.set_role(self._cluster.find(peer), role)
+
+    async def expel(self, peer: str) -> None:
+        """Remove a member: it loses access at once, on every node. Raises as `set_role`."""
+        cluster = self._cluster
+        found = cluster.find(peer)
+        if found == self.peer_id:
+            raise BadInput("that is this node itself; `omx leave` ends its membership")
+        await cluster.remove(found)
+
+    async def transfer_leader(self, peer: str) -> None:
+        """Let another voter lead. Raises as `set_role`, and NotLeader."""
+        await self._cluster.transfer_leader(self._cluster.find(peer))
+
+    async def snapshot(self) -> int:
+        """Make a snapshot of the agreed state here and drop the log behind it; gives the last index
+        in it. Raises StoreFull.
+        """
+        return await self._cluster.snapshot()
+
+    async def rotate_swarm_key(self, *, force: bool = False) -> tuple[str, ...]:
+        """Give the swarm a new pre-shared key; tickets issued before are withdrawn. Every member
+        that can be reached takes it over within seconds; gives the names of those that cannot,
+        which need a new ticket to come back. Raises BadInput if there are any, unless forced; or if
+        the swarm is open.
+        """
+        return await self._cluster.rotate_swarm_key(force=force)
+
+    async def set_clock(self) -> int:
+        """Have the cluster take this node's clock for the time; gives it, Unix seconds. All tickets
+        are withdrawn. Raises NetworkTrouble.
+        """
+        return await self._cluster.set_clock()
+
+    async def set_cluster_setting(self, key: str, value: str) -> None:
+        """Change a setting that the whole cluster shares. Raises BadInput, NetworkTrouble."""
+        await self._cluster.set_setting(key, value)
+
+    @property
+    def _cluster(self) -> Cluster:
+        cluster = self._now.cluster
+        if cluster is None:
+            raise BadConfig(
+                "cluster",
+                "this node has entered an open swarm by an address and is no member of its "
+                "cluster; a member's ticket makes it one (`omx invite` there)",
+            )
+        return cluster
 
     def request_stop(self) -> None:
         """Ask the node's owner to close it; `wait_for_stop` then returns."""
@@ -477,12 +552,25 @@ class Node:
     # -- joining and leaving -------------------------------------------------------------------
 
     async def _join_by_ticket(self, ticket: Ticket) -> JoinReport:
-        if ticket.swarm_id != self._membership.swarm_id:
+        if self._needs_admission(ticket):
+            peers = await self._move(lambda: self._redeem(ticket))
+        elif ticket.swarm_id != self._membership.swarm_id:
             await self._check_may_move()
             peers = await self._move(lambda: self._redeem(ticket))
         else:
             peers = ticket.addresses
         return await self._met(peers)
+
+    def _needs_admission(self, ticket: Ticket) -> bool:
+        """A ticket of the swarm that this node is in, but not, or no more, as a member; or one that
+        has another key by now.
+        """
+        if ticket.swarm_id != self._membership.swarm_id:
+            return False
+        cluster = self._now.cluster
+        return (
+            cluster is None or cluster.was_removed or ticket.swarm_key != self._membership.swarm_key
+        )
 
     async def _join_by_addresses(self, addresses: Sequence[Address]) -> JoinReport:
         """By the first peer of these that can be reached."""
@@ -534,7 +622,7 @@ class Node:
             session.connections.peers()
             or session.connections.known_addresses()
             or set(session.discovery.known_peers()) - hoped_for
-            or session.membership.has_admitted
+            or (session.cluster is not None and session.cluster.has_others())
             or await trio.to_thread.run_sync(
                 has_remembered_peers, self.config.data_dir, session.membership.mdns_fingerprint()
             )
@@ -542,8 +630,11 @@ class Node:
 
     async def _redeem(self, ticket: Ticket) -> tuple[Address, ...]:
         async with self._provisional(ticket.swarm_key) as connections:
-            redeemed = await connections.redeem(ticket)
-        await self._replace_membership(lambda: Membership.join(None, ticket, redeemed.grant))
+            redeemed = await connections.redeem(ticket, name=printable_name(self.config.name))
+        # The place first: it counts only once the record says that this is our swarm.
+        folder = cluster_folder(self.config.data_dir, ticket.swarm_id)
+        await trio.to_thread.run_sync(save_admission, folder, redeemed.admission)
+        await self._replace_membership(lambda: Membership.join(None, ticket))
         return redeemed.peers
 
     async def _enter_open(self, addresses: Sequence[Address]) -> None:
@@ -552,9 +643,7 @@ class Node:
         await self._replace_membership(lambda: Membership.join_open(None, swarm_id))
 
     async def _start_alone(self) -> None:
-        await self._replace_membership(
-            lambda: Membership.create(None, open_swarm=self.config.open_swarm)
-        )
+        await self._replace_membership(lambda: _founded(self.config))
         try:
             await trio.to_thread.run_sync(forget_remembered_peers, self.config.data_dir)
         except OSError as error:  # it says of which swarm they are, and is of no use in another
@@ -577,20 +666,34 @@ class Node:
                 self.config.host,
                 rng=self._rng,
                 feed=self.events,
-                agent=f"ollamamax_p2p/{installed_version()} {self.config.name}",
+                agent=_agent(self.config),
                 wall_clock=wall_clock,
             ) as connections,
         ):
             yield connections
+
+    def _take_over_swarm_key(self, key: bytes) -> None:
+        """The cluster has agreed on it, and it is time."""
+        self._nursery.start_soon(self._open_anew_with, key)
+
+    async def _open_anew_with(self, key: bytes) -> None:
+        async def replace_key() -> None:
+            self._membership = await trio.to_thread.run_sync(self._membership.with_swarm_key, key)
+
+        async with self._moving:
+            swarm_id = self._membership.swarm_id
+            try:
+                if swarm_id == self._now.membership.swarm_id:
+                    await self._move(replace_key)
+            except OmxError as error:
+                _log.error("cannot take over the new swarm key: %s", error)
 
     # -- sessions ------------------------------------------------------------------------------
 
     @property
     def _now(self) -> Session:
         if self._session is None:
-            raise PeerUnreachable(
-                self.peer_id, "this node is just joining or leaving a swarm; try again"
-            )
+            raise SwarmChanging
         return self._session
 
     async def _move(self, between: Callable[[], Awaitable[T]]) -> T:
@@ -620,12 +723,7 @@ class Node:
     async def _open_session(self) -> AsyncIterator[Session]:
         membership = self._membership
         async with (
-            open_libp2p_host(
-                self._key.seed,
-                self.config.host,
-                swarm_key=membership.swarm_key,
-                admit_all=membership.is_open,
-            ) as host,
+            self._open_host(membership) as host,
             open_session(
                 self.config,
                 membership,
@@ -634,11 +732,39 @@ class Node:
                 origin=self._origin,
                 feed=self.events,
                 rng=self._rng,
-                data_dir=self.config.data_dir,
-                libp2p=host.libp2p,
+                agent=_agent(self.config),
+                wall_clock=wall_clock,
+                on_swarm_key=self._take_over_swarm_key,
+                announce=not self._brief,
             ) as session,
         ):
+            await trio.to_thread.run_sync(
+                forget_other_clusters, self.config.data_dir, membership.swarm_id
+            )
             yield session
+
+    @asynccontextmanager
+    async def _open_host(self, membership: Membership) -> AsyncIterator[Libp2pHost]:
+        """On the ports that it had before, because the others know those; on others if somebody
+        else has taken one meanwhile.
+        """
+        async with AsyncExitStack() as stack:
+            open_with = functools.partial(
+                open_libp2p_host,
+                self._key.seed,
+                swarm_key=membership.swarm_key,
+                admit_all=membership.is_open,
+            )
+            configured = self.config.host
+            listening = replace(configured, listen=self._listening or configured.listen)
+            try:
+                host = await stack.enter_async_context(open_with(listening))
+            except PortInUse:
+                if listening == configured:
+                    raise
+                host = await stack.enter_async_context(open_with(configured))
+            self._listening = host.listening
+            yield host
 
 
 class _Move(Generic[T]):
@@ -694,6 +820,19 @@ async def _open_origin(config: NodeConfig, key: NodeKey) -> AsyncIterator[Origin
         yield origin
 
 
+def _agent(config: NodeConfig) -> str:
+    return f"ollamamax_p2p/{installed_version()} {config.name}"
+
+
+def _founded(config: NodeConfig) -> Membership:
+    """A swarm of this node's own, in memory yet; its place in the cluster is on disk already, and
+    counts once the swarm is.
+    """
+    membership = Membership.create(None, open_swarm=config.open_swarm)
+    found_place(cluster_folder(config.data_dir, membership.swarm_id))
+    return membership
+
+
 def _membership_path(config: NodeConfig) -> Path:
     return config.data_dir / "swarm"
 
@@ -702,7 +841,7 @@ def _membership_of(config: NodeConfig) -> Membership:
     """The swarm this node is in; a new one with itself as the only member the first time."""
     membership = Membership.load(_membership_path(config))
     if membership is None:
-        return Membership.create(_membership_path(config), open_swarm=config.open_swarm)
+        return _founded(config).kept_at(_membership_path(config))
     if config.open_swarm and not membership.is_open:
         raise BadConfig(
             "open_swarm", "this node is in a private swarm; leave it first, `omx leave`"
@@ -730,7 +869,7 @@ def _check_models_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _data_dir_of_our_own(path: Path) -> Iterator[None]:
+def data_dir_of_our_own(path: Path) -> Iterator[None]:
     """The folder, made if it is missing, locked against a second node."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

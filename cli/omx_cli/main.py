@@ -8,7 +8,15 @@ from typing import Annotated, Any, TextIO, cast
 
 import typer
 
-from omx_cli import config_commands, demo, doctor, model_commands, swarm_commands
+from omx_cli import (
+    cluster_commands,
+    config_commands,
+    demo,
+    doctor,
+    model_commands,
+    offline_commands,
+    swarm_commands,
+)
 from omx_cli.output import drop, tell
 
 app = typer.Typer(
@@ -39,6 +47,9 @@ app.command("leave")(swarm_commands.leave)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.command("version")(swarm_commands.version)
+app.add_typer(cluster_commands.app, name="cluster")
+cluster_commands.app.command("recover")(offline_commands.recover)
+cluster_commands.app.add_typer(offline_commands.wal, name="wal")
 app.add_typer(config_commands.app, name="config")
 
 

@@ -16,6 +16,7 @@ from omx_cli.output import (
     say_json,
     short_digest,
     table,
+    tell,
 )
 
 if TYPE_CHECKING:
@@ -202,11 +203,12 @@ def cp(
     from omx_cli.running import with_any_node
 
     async def ask(node: "LocalClient | Node") -> None:
-        await node.copy(source, destination)
+        made = await node.copy(source, destination)
         if as_json:
-            say_json({"copied": source, "to": destination})
+            say_json({"copied": source, "to": destination, "note": made.note})
         else:
             say(f"copied '{source}' to '{destination}'")
+        _tell_note(made)
 
     with_any_node(node_flags(data_dir=data_dir, models=models), config, ask)
 
@@ -244,6 +246,12 @@ def _say_made(model: "ModelInfo", as_json: bool) -> None:
         say_json(model)
     else:
         say(f"{model.name}: {human_bytes(model.size)}, id {short_digest(model.digest)}")
+    _tell_note(model)
+
+
+def _tell_note(model: "ModelInfo") -> None:
+    if model.note:
+        tell(f"Note: {model.note}")
 
 
 def _details_text(details: "ModelDetails") -> str:

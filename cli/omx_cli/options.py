@@ -29,6 +29,14 @@ Open = Annotated[bool, typer.Option("--open", help="A swarm without a key: every
 NodeName = Annotated[
     str | None, typer.Option("--name", metavar="NAME", help="What peers are shown.")
 ]
+Region = Annotated[
+    str | None,
+    typer.Option(metavar="WORD", help="Where it stands; voters are spread over regions."),
+]
+Voter = Annotated[
+    str | None,
+    typer.Option(metavar="auto|yes|no", help="Whether it may vote (auto: unless on a battery)."),
+]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", show_default=False)]
 
 
@@ -42,6 +50,8 @@ def node_flags(
     bootstrap: list[str] | None = None,
     no_mdns: bool = False,
     open_swarm: bool = False,
+    region: str | None = None,
+    voter: str | None = None,
 ) -> dict[str, Any]:
     """The flags that were given, by the key of the setting they set."""
     given = {
@@ -53,5 +63,7 @@ def node_flags(
         "discovery.bootstrap": tuple(bootstrap) if bootstrap else None,
         "discovery.mdns": False if no_mdns else None,
         "open_swarm": True if open_swarm else None,
+        "cluster.region": region,
+        "cluster.voter": voter,
     }
     return {key: value for key, value in given.items() if value is not None}

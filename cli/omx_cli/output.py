@@ -1,6 +1,7 @@
 """Tables and texts for people, JSON for programs."""
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -49,15 +50,51 @@ def drop(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], gap: int = COLUMN_GAP) -> str:
     """Columns as wide as their widest cell, four spaces between, no borders."""
     lines = [head, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    gap = " " * COLUMN_GAP
     return "\n".join(
-        gap.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        (" " * gap)
+        .join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        .rstrip()
         for line in lines
     )
+
+
+def terminal_columns() -> int:
+    """How wide the terminal is; without one, as wide as anybody wants."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+
+
+def fitting_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], columns: int, spare: Sequence[str]
+) -> str:
+    """A table no wider than the terminal: with smaller gaps, then without the spare columns, the
+    first of them first, then with its first column cut; what is too wide even so is left whole.
+    """
+    text = table(head, rows)
+    if _width(text) <= columns:
+        return text
+    text = table(head, rows, 2)
+    if _width(text) <= columns:
+        return text
+    if spare:
+        kept = [at for at, title in enumerate(head) if title != spare[0]]
+        fewer = [[row[at] for at in kept] for row in rows]
+        return fitting_table([head[at] for at in kept], fewer, columns, spare[1:])
+    room = max(len(row[0]) for row in rows) - (_width(text) - columns)
+    if room < len(head[0]):
+        return text
+    return table(head, [[_cut(row[0], room), *row[1:]] for row in rows], 2)
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()))
+
+
+def _cut(text: str, columns: int) -> str:
+    return text if len(text) <= columns else text[: columns - 1] + "…"
 
 
 def fields(pairs: Sequence[tuple[str, str]], indent: str = "  ") -> str:
@@ -115,9 +152,9 @@ def duration(seconds: float) -> str:
     return f"{whole // 60}m{whole % 60}s" if whole >= 60 else f"{whole}s"
 
 
-def short_peer(peer: str) -> str:
+def short_peer(peer: str, tail: int = 6) -> str:
     """A peer id as people can tell it from others: all begin alike, so the end is what differs."""
-    return f"{peer[:8]}…{peer[-6:]}" if peer.startswith("12D3KooW") else peer
+    return f"{peer[:8]}…{peer[-tail:]}" if peer.startswith("12D3KooW") else peer
 
 
 def short_digest(digest: str) -> str:

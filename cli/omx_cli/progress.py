@@ -174,8 +174,9 @@ class LogView:
         if line not in self._told:
             tell(line)
             self._told.add(line)
-        if progress.note:
+        if progress.note and progress.note not in self._told:  # every later state repeats it
             tell(progress.note)
+            self._told.add(progress.note)
 
 
 class TerminalView:
@@ -186,13 +187,15 @@ class TerminalView:
         self._now = clock
         self._lines: dict[str, BlobLine] = {}
         self._status = "connecting"
+        self._noted: set[str] = set()
         self._sources: Sequence[SourceShare] = ()
 
     def show(self, progress: "PullProgress") -> None:
         """A new state. Drawn by `keep_fresh`, so that a fast pull costs no more than a slow one."""
         self._sources = progress.sources or self._sources
-        if progress.note:
+        if progress.note and progress.note not in self._noted:  # every later state repeats it
             self._live.console.print(printable(progress.note), markup=False, highlight=False)
+            self._noted.add(progress.note)
         is_blob = progress.digest is not None and progress.status.startswith("pulling ")
         self._status = "" if is_blob else progress.status
         if progress.digest is None:

@@ -56,6 +56,7 @@ def with_node(
     ask: Callable[["LocalClient"], Awaitable[T]],
     *,
     timeout_s: float = ANSWER_TIMEOUT_S,
+    interrupted: str = "interrupted",
 ) -> T:
     """Ask the running node something. Raises NodeNotRunning if there is none, LocalTrouble if it
     does not answer.
@@ -63,7 +64,7 @@ def with_node(
     from ollamamax_p2p import LocalClient
 
     client = LocalClient.find(load(flags, config_file).data_dir)
-    return run(lambda: in_time(client, lambda: ask(client), timeout_s))
+    return run(lambda: in_time(client, lambda: ask(client), timeout_s), interrupted=interrupted)
 
 
 async def in_time(
@@ -114,7 +115,7 @@ async def running_or_own(
         return
     from ollamamax_p2p import open_node
 
-    async with open_node(own) as node:
+    async with open_node(own, brief=True) as node:
         yield node
 
 

@@ -12,6 +12,7 @@ from omx_cli.output import fields, human_bytes, say, say_json, short_peer, table
 
 if TYPE_CHECKING:
     from ollamamax_p2p import (
+        ClusterStatus,
         Event,
         Invitation,
         LocalClient,
@@ -34,6 +35,8 @@ def up(
     listen: options.Listen = None,
     bootstrap: options.Bootstrap = None,
     no_mdns: options.NoMdns = False,
+    region: options.Region = None,
+    voter: options.Voter = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
@@ -49,6 +52,8 @@ def up(
         bootstrap=bootstrap,
         no_mdns=no_mdns,
         open_swarm=open_swarm,
+        region=region,
+        voter=voter,
     )
     _run_node(load(flags, config), (), as_json)
 
@@ -63,6 +68,8 @@ def join(
     bootstrap: options.Bootstrap = None,
     no_mdns: options.NoMdns = False,
     open_swarm: options.Open = False,
+    region: options.Region = None,
+    voter: options.Voter = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
@@ -78,6 +85,8 @@ def join(
         bootstrap=bootstrap,
         no_mdns=no_mdns,
         open_swarm=open_swarm,
+        region=region,
+        voter=voter,
     )
     settings = load(flags, config)
 
@@ -169,10 +178,19 @@ def _status_rows(status: "NodeStatus") -> list[tuple[str, str]]:
         ("models", f"{store.path} ({room}{'' if store.writable else ', read-only'})"),
         ("API", f"http://{status.api_address}" if status.api_address else "none"),
         ("mDNS", status.mdns),
+        *_cluster_row(status.cluster),
         *(("address", address) for address in status.addresses),
         *(("pulling", model) for model in status.pulls),
         *(("other swarm", swarm) for swarm in status.other_swarms),
     ]
+
+
+def _cluster_row(cluster: "ClusterStatus | None") -> list[tuple[str, str]]:
+    from omx_cli.cluster_view import cluster_line
+
+    # None, or a member that has just started and has heard of nobody yet: nothing to say.
+    is_known = cluster is not None and (cluster.has_quorum or cluster.last_contact_s is not None)
+    return [("cluster", cluster_line(cluster))] if cluster is not None and is_known else []
 
 
 def invite(
@@ -181,16 +199,26 @@ def invite(
         str,
         typer.Option(metavar="TIME", help="How long it is good: 90s, 30m, 12h, 7d; 366d at most."),
     ] = "24h",
+    withdraw: Annotated[
+        bool,
+        typer.Option("--withdraw", help="Print none, but make all that were made before useless."),
+    ] = False,
     data_dir: options.DataDir = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Print a ticket by which others join this node's swarm."""
-    from omx_cli.running import WORK_TIMEOUT_S, with_node
+    from omx_cli.cluster_commands import AGREE_TIMEOUT_S
+    from omx_cli.running import with_node
 
     expires_s = seconds_of(expires)
+    if withdraw and (uses, expires) != (1, "24h"):
+        raise typer.BadParameter("--withdraw makes no ticket; leave --uses and --expires out")
 
     async def ask(client: "LocalClient") -> None:
+        if withdraw:
+            _say_withdrawn(await client.withdraw_tickets(), as_json)
+            return
         invitation = await client.invite(uses=uses, expires_s=expires_s)
         if as_json:
             say_json(invitation)
@@ -199,31 +227,64 @@ def invite(
         if sys.stdout.isatty():
             tell(f"good for {invitation.uses} joins, until {invitation.expires_at}")
 
-    with_node(node_flags(data_dir=data_dir), config, ask, timeout_s=WORK_TIMEOUT_S)
+    with_node(node_flags(data_dir=data_dir), config, ask, timeout_s=AGREE_TIMEOUT_S)
+
+
+def _say_withdrawn(count: int, as_json: bool) -> None:
+    if as_json:
+        say_json({"withdrawn": count})
+    elif count:
+        say("withdrew 1 ticket" if count == 1 else f"withdrew {count} tickets")
+    else:
+        say("there was no ticket that could still be used")
+
+
+FORGOTTEN = (
+    "forgot the swarm: its key, its peers and this node's part of what was agreed; models and the "
+    "node's own key stay. The others do not know it yet: `omx cluster remove` this node there, "
+    "also before it joins them again"
+)
+_OUTCOMES = {
+    "left": "left the swarm",
+    "not in a swarm": "this node is alone in its swarm; there is nothing to leave",
+}
 
 
 def leave(
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="For a node that cannot be started: forget the swarm here, without telling the "
+            "others; one of them must then `omx cluster remove` this node.",
+        ),
+    ] = False,
     data_dir: options.DataDir = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Leave the swarm: forget its key and members. Models stay."""
+    """Leave the swarm: be a member no more, forget its key and members. Models stay."""
     from omx_cli.running import load, with_any_node
 
     def tell_outcome(outcome: str) -> None:
         if as_json:
             say_json({"outcome": outcome})
         else:
-            say("left the swarm" if outcome == "left" else "this node is not in a swarm")
+            say(_OUTCOMES.get(outcome, outcome))
 
     async def ask(node: "LocalClient | Node") -> None:
         tell_outcome(await node.leave())
 
     flags = node_flags(data_dir=data_dir)
-    if not load(flags, config).data_dir.exists():  # a node opened for this would make one
+    settings = load(flags, config)
+    if not settings.data_dir.exists():  # a node opened for this would make one
         tell_outcome("not in a swarm")
-        return
-    with_any_node(flags, config, ask)
+    elif force:
+        from ollamamax_p2p import forget_swarm
+
+        tell_outcome(FORGOTTEN if forget_swarm(settings) else "not in a swarm")
+    else:
+        with_any_node(flags, config, ask)
 
 
 def peers(

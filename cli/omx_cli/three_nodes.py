@@ -201,7 +201,10 @@ async def end(node: DemoNode) -> None:
 
 def find_model_file(path: Path) -> Path:
     """The GGUF file that a path means: itself, or the only one below a folder."""
-    found = [path] if path.is_file() else sorted(path.rglob("*.gguf"))
+    try:
+        found = [path] if path.is_file() else sorted(path.rglob("*.gguf"))
+    except OSError as error:
+        raise DemoFailed(f"{path} cannot be read: {error.strerror}") from error
     if len(found) != 1:
         raise DemoFailed(f"{path} holds {len(found)} GGUF files; give one with --model")
     return found[0]

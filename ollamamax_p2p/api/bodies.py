@@ -6,6 +6,7 @@ import msgspec
 import trio
 from starlette.requests import Request
 
+from ollamamax_p2p.cluster import RoleWish
 from ollamamax_p2p.errors import BadInput
 
 BODY_BYTES_MAX = 4 * 1024 * 1024
@@ -77,6 +78,35 @@ class JoinBody(_Body, frozen=True):
         msgspec.Meta(min_length=1, max_length=64),
     ]
     """A ticket, or multiaddrs."""
+
+
+class MemberBody(_Body, frozen=True):
+    """Names one member of the cluster."""
+
+    peer: Name
+    """Its peer id, its name, or a beginning of either that fits one member only."""
+
+
+class RoleBody(_Body, frozen=True):
+    """Says what a member shall be."""
+
+    peer: Name
+    role: RoleWish
+
+
+class RotateKeyBody(_Body, frozen=True):
+    """Asks for a new swarm key."""
+
+    force: bool = False
+    """Also if some members cannot be reached now, and will need a new ticket."""
+
+
+class ClusterSettingBody(_Body, frozen=True):
+    """Changes a setting that the whole cluster shares."""
+
+    key: Name
+    value: Name
+    """As a person writes it: `5`, `true`."""
 
 
 class BodyTooLarge(Exception):

@@ -25,6 +25,7 @@ from ollamamax_p2p.api.served_node import (
     OnProgress,
     PeerInfo,
 )
+from ollamamax_p2p.cluster import ClusterStatus, RoleWish
 from ollamamax_p2p.errors import LocalTrouble, NodeNotRunning, OmxError
 from ollamamax_p2p.observability import Event
 from ollamamax_p2p.transfer import PullProgress, PullReport
@@ -76,10 +77,10 @@ class LocalClient:
         """What a model is made of."""
         return await self._ask("POST", "/models/show", ModelDetails, {"model": name})
 
-    async def copy(self, source: str, destination: str) -> None:
+    async def copy(self, source: str, destination: str) -> ModelInfo:
         """Give a model a second name."""
         names = {"source": source, "destination": destination}
-        await self._ask("POST", "/models/copy", dict[str, Any], names)
+        return await self._ask("POST", "/models/copy", ModelInfo, names)
 
     async def remove(self, name: str) -> None:
         """Remove a name and the blobs that no other needs."""
@@ -130,10 +131,49 @@ class LocalClient:
         to = list(ticket_or_addresses) if several else [ticket_or_addresses]
         return await self._ask("POST", "/join", JoinReport, {"to": to})
 
+    async def withdraw_tickets(self) -> int:
+        """Let nobody join by a ticket that was issued before; gives how many were still good."""
+        path = "/cluster/withdraw-tickets"
+        return (await self._ask("POST", path, dict[str, int], {}))["withdrawn"]
+
     async def leave(self) -> str:
-        """Forget the swarm."""
+        """Be a member no more and forget the swarm; gives `left`, `not in a swarm`, or what the
+        others still have to do.
+        """
         outcome: str = (await self._ask("POST", "/leave", dict[str, str], {}))["outcome"]
         return outcome
+
+    async def cluster_status(self) -> ClusterStatus:
+        """The cluster in one look."""
+        return await self._ask("GET", "/cluster", ClusterStatus)
+
+    async def set_role(self, peer: str, role: RoleWish) -> None:
+        """Make a member a voter or a learner; returns once that is agreed, before it is so."""
+        await self._ask("POST", "/cluster/role", dict[str, Any], {"peer": peer, "role": role})
+
+    async def expel(self, peer: str) -> None:
+        """Remove a member."""
+        await self._ask("POST", "/cluster/remove", dict[str, Any], {"peer": peer})
+
+    async def transfer_leader(self, peer: str) -> None:
+        """Let another voter lead."""
+        await self._ask("POST", "/cluster/transfer-leader", dict[str, Any], {"peer": peer})
+
+    async def snapshot(self) -> int:
+        """Make a snapshot of the agreed state there; gives the last index in it."""
+        return (await self._ask("POST", "/cluster/snapshot", dict[str, int], {}))["index"]
+
+    async def rotate_swarm_key(self, *, force: bool = False) -> tuple[str, ...]:
+        """Give the swarm a new key; gives the names of members that will need a new ticket."""
+        return (await self._ask("POST", "/cluster/rotate-key", _Away, {"force": force})).away
+
+    async def set_clock(self) -> int:
+        """Have the cluster take that node's clock for the time; gives it, Unix seconds."""
+        return (await self._ask("POST", "/cluster/set-clock", dict[str, int], {}))["clock"]
+
+    async def set_cluster_setting(self, key: str, value: str) -> None:
+        """Change a setting that the whole cluster shares."""
+        await self._ask("POST", "/cluster/set", dict[str, Any], {"key": key, "value": value})
 
     async def stop(self) -> None:
         """Ask the node to stop; it may still run for a moment when this returns."""
@@ -311,8 +351,15 @@ class _Models(msgspec.Struct):
     models: tuple[ModelInfo, ...]
 
 
+class _Away(msgspec.Struct):
+    away: tuple[str, ...]
+
+
 def _broken_off(where: str) -> OmxError:
-    return LocalTrouble(f"the node on {where} ended in the middle of an answer; is it still there?")
+    return LocalTrouble(
+        f"the node on {where} ended in the middle of an answer; start it again and repeat the "
+        "command, a pull resumes"
+    )
 
 
 def _whole(path: Path | str) -> str:

@@ -150,8 +150,13 @@ def _node(machine: _Machine) -> Iterator[Finding]:
 
 def _folders(machine: _Machine) -> Iterator[Finding]:
     path = machine.data_dir
-    if not path.exists():
-        parent = next(each for each in path.parents if each.exists())
+    parent, problem = _nearest(path)
+    if problem:
+        yield Finding(
+            "data folder", "fail", f"{path} cannot be reached: {problem}", _mend_way(path)
+        )
+        return
+    if parent != path:
         if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
             yield Finding("data folder", "ok", f"{path} will be made")
         else:
@@ -167,6 +172,24 @@ def _folders(machine: _Machine) -> Iterator[Finding]:
         yield Finding("data folder", "fail", text, f"chmod 700 '{path}'")
     else:
         yield Finding("data folder", "ok", f"{path} (mode {mode:04o})")
+
+
+def _nearest(path: Path) -> tuple[Path, str]:
+    """The path itself or the nearest folder above it that can be seen; and what, if anything, keeps
+    this user from seeing whether there is more.
+    """
+    problem = ""
+    for each in (path, *path.parents):
+        try:
+            if each.exists():
+                return each, problem
+        except OSError as error:
+            problem = problem or (error.strerror or str(error)).lower()
+    return Path("/"), problem
+
+
+def _mend_way(path: Path) -> str:
+    return f"let this user read {path} and enter every folder above it"
 
 
 def _secrets(machine: _Machine) -> Iterator[Finding]:
@@ -190,8 +213,14 @@ def _secrets(machine: _Machine) -> Iterator[Finding]:
 def _models(machine: _Machine) -> Iterator[Finding]:
     # A running node may have been given another store than the one that is set here.
     path = Path(machine.status.store.path) if machine.status else machine.content.models
-    place = next(each for each in (path, *path.parents) if each.exists())
-    if not place.is_dir():
+    place, problem = _nearest(path)
+    if not problem and place == path and not os.access(path, os.R_OK | os.X_OK):
+        problem = "permission denied"
+    if problem:
+        # A store that Ollama's own service made belongs to its user, and is often closed to others.
+        mend = f"{_mend_way(path)}, or choose another with --models"
+        yield Finding("models", "fail", f"{path} cannot be reached: {problem}", mend)
+    elif not place.is_dir():
         mend = "move it away, or choose another with --models"
         yield Finding("models", "fail", f"{place} is not a folder", mend)
     elif not os.access(place, os.W_OK | os.X_OK):
@@ -249,8 +278,7 @@ def _bind_problem(host: str, port: int) -> str:
 
 def _firewall(machine: _Machine) -> Iterator[Finding]:
     port = next((port for what, _, _, port in _endpoints(machine) if what == "peers"), 4011)
-    ufw = Path("/etc/ufw/ufw.conf")
-    if ufw.exists() and os.access(ufw, os.R_OK) and "ENABLED=yes" in ufw.read_text():
+    if "ENABLED=yes" in _text_of(Path("/etc/ufw/ufw.conf")):
         mend = f"sudo ufw allow {port}/tcp && sudo ufw allow 5353/udp"
         yield Finding("firewall", "warn", "ufw is on; it may keep peers out", mend)
     elif Path("/run/firewalld").is_dir():
@@ -262,6 +290,14 @@ def _firewall(machine: _Machine) -> Iterator[Finding]:
         yield Finding("firewall", "unknown", "macOS asks when a peer first connects", mend)
     else:
         yield Finding("firewall", "ok", "neither ufw nor firewalld is on; nftables not looked at")
+
+
+def _text_of(path: Path) -> str:
+    """Empty where there is none, or none for us."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _file_times(machine: _Machine) -> Iterator[Finding]:
@@ -358,6 +394,8 @@ async def _date_offset(stream: trio.abc.Stream, host: str) -> float | None:
     if not dates:
         return None
     theirs = parsedate_to_datetime(dates[0].decode("latin-1"))
+    if theirs.tzinfo is None:  # a zone of "-0000" says UTC, and not where
+        theirs = theirs.replace(tzinfo=UTC)
     return (theirs - datetime.now(UTC)).total_seconds()
 
 

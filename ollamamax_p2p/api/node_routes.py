@@ -52,10 +52,9 @@ class NodeRoutes:
         return _json(await self._node.show(body.model))
 
     async def copy(self, request: Request) -> Response:
-        """Give a model a second name."""
+        """Give a model a second name; answers with the new one, as `models` lists it."""
         body = await read_body(request, bodies.CopyBody)
-        await self._node.copy(body.source, body.destination)
-        return _json({})
+        return _json(await self._node.copy(body.source, body.destination))
 
     async def delete(self, request: Request) -> Response:
         """Remove a name and the blobs that no other needs."""
@@ -89,8 +88,59 @@ class NodeRoutes:
         return _json(await self._node.join(body.to))
 
     async def leave(self, request: Request) -> Response:
-        """Forget the swarm."""
+        """Be a member no more and forget the swarm. `outcome` is `left`, `not in a swarm`, or a
+        sentence that says what the others still have to do.
+        """
         return _json({"outcome": await self._node.leave()})
+
+    async def cluster_status(self, request: Request) -> Response:
+        """The cluster in one look, members included: a ClusterStatus."""
+        return _json(await self._node.cluster_status())
+
+    async def set_role(self, request: Request) -> Response:
+        """Make a member a voter or a learner whatever autopilot thinks; `auto` leaves it to that.
+        The answer says that it is agreed; it takes effect when the leader has carried it out.
+        """
+        body = await read_body(request, bodies.RoleBody)
+        await self._node.set_role(body.peer, body.role)
+        return _json({})
+
+    async def expel(self, request: Request) -> Response:
+        """Remove a member: it loses access at once."""
+        body = await read_body(request, bodies.MemberBody)
+        await self._node.expel(body.peer)
+        return _json({})
+
+    async def transfer_leader(self, request: Request) -> Response:
+        """Let another voter lead."""
+        body = await read_body(request, bodies.MemberBody)
+        await self._node.transfer_leader(body.peer)
+        return _json({})
+
+    async def snapshot(self, request: Request) -> Response:
+        """Make a snapshot of the agreed state on this node: `index` is the last one in it."""
+        return _json({"index": await self._node.snapshot()})
+
+    async def rotate_swarm_key(self, request: Request) -> Response:
+        """Give the swarm a new key. `away` names the members that need a new ticket."""
+        body = await read_body(request, bodies.RotateKeyBody)
+        return _json({"away": await self._node.rotate_swarm_key(force=body.force)})
+
+    async def set_clock(self, request: Request) -> Response:
+        """Have the cluster take this node's clock for the time: `clock`, in Unix seconds. Withdraws
+        all tickets.
+        """
+        return _json({"clock": await self._node.set_clock()})
+
+    async def set_cluster_setting(self, request: Request) -> Response:
+        """Change a setting that the whole cluster shares."""
+        body = await read_body(request, bodies.ClusterSettingBody)
+        await self._node.set_cluster_setting(body.key, body.value)
+        return _json({})
+
+    async def withdraw_tickets(self, request: Request) -> Response:
+        """Let nobody join by a ticket issued before; `withdrawn` counts those still good."""
+        return _json({"withdrawn": await self._node.withdraw_tickets()})
 
     async def stop(self, request: Request) -> Response:
         """Ask the node to stop; it ends after this answer."""
@@ -127,5 +177,10 @@ REQUEST_BODIES: Mapping[str, type[msgspec.Struct]] = {
     "create": bodies.CreateBody,
     "invite": bodies.InviteBody,
     "join": bodies.JoinBody,
+    "set_role": bodies.RoleBody,
+    "expel": bodies.MemberBody,
+    "transfer_leader": bodies.MemberBody,
+    "rotate_swarm_key": bodies.RotateKeyBody,
+    "set_cluster_setting": bodies.ClusterSettingBody,
 }
 """Which body an endpoint reads; for the reference page."""

@@ -4,7 +4,7 @@ ollamamax_p2p.api.reference`.
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -80,6 +80,8 @@ def _field(field: msgspec.structs.FieldInfo) -> str:
 
 
 def _kind(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{each}`" for each in get_args(annotation))
     names = {str: "text", bool: "true or false", int: "whole number", float: "number"}
     plain = getattr(annotation, "__origin__", annotation)
     return names.get(plain, "list of texts")

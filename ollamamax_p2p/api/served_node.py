@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from ollamamax_p2p.cluster import ClusterStatus, RoleWish
 from ollamamax_p2p.observability import EventFeed
 from ollamamax_p2p.transfer import PullProgress, PullReport
 
@@ -56,6 +57,8 @@ class NodeStatus:
     """`on`, `off`, or why it does not work."""
     other_swarms: tuple[str, ...] = ()
     """Ids of other swarms seen on this network."""
+    cluster: ClusterStatus | None = None
+    """What is agreed; None where this node is a member of no cluster (in an open swarm)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,8 @@ class ModelInfo:
     size: int
     """Bytes of all its blobs."""
     modified_at: datetime
+    note: str = ""
+    """What its maker should know of a new one: why the cluster has not agreed on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +173,7 @@ class ServedNode(Protocol):
     async def show(self, name: str) -> ModelDetails:
         """Raises BadName, ModelNotFound."""
 
-    async def copy(self, source: str, destination: str) -> None:
+    async def copy(self, source: str, destination: str) -> ModelInfo:
         """Give a model a second name. Raises BadName, ModelNotFound, StoreReadOnly."""
 
     async def remove(self, name: str) -> None:
@@ -205,8 +210,39 @@ class ServedNode(Protocol):
         its kinds, BadAddress, PeerUnreachable, NotAdmitted.
         """
 
+    async def withdraw_tickets(self) -> int:
+        """Let nobody join by a ticket that was issued before; gives how many were still good."""
+
     async def leave(self) -> str:
-        """Forget the swarm: its key, its members. Models stay. `left` or `not in a swarm`."""
+        """Be a member no more and forget the swarm. Models stay. `left`, `not in a swarm`, or what
+        the others still have to do.
+        """
+
+    async def cluster_status(self) -> ClusterStatus:
+        """The cluster in one look. Raises BadConfig where this node is a member of none."""
+
+    async def set_role(self, peer: str, role: RoleWish) -> None:
+        """Make a member a voter or a learner. Raises BadInput, PeerNotFound, NetworkTrouble."""
+
+    async def expel(self, peer: str) -> None:
+        """Remove a member. Raises as `set_role`."""
+
+    async def transfer_leader(self, peer: str) -> None:
+        """Let another voter lead. Raises as `set_role`, and NotLeader."""
+
+    async def snapshot(self) -> int:
+        """Make a snapshot of the agreed state; gives the last index in it."""
+
+    async def rotate_swarm_key(self, *, force: bool) -> tuple[str, ...]:
+        """Give the swarm a new key; gives the names of members that will need a new ticket."""
+
+    async def set_clock(self) -> int:
+        """Have the cluster take this node's clock for the time; gives it, Unix seconds. All tickets
+        are withdrawn.
+        """
+
+    async def set_cluster_setting(self, key: str, value: str) -> None:
+        """Change a setting that the whole cluster shares."""
 
     def request_stop(self) -> None:
         """Ask the node's owner to close it; `wait_for_stop` then returns. Idempotent."""

@@ -353,17 +353,6 @@ class ClusterState:
             )
         return _state_hash(total % _HASH_SPACE, self.conf_state)
 
-    def force_conf_state(self, conf_state: ConfState) -> None:
-        """Replace the configuration by hand, durably: for `omx cluster recover` alone, which has
-        told what may be lost.
-        """
-        with self._writing:
-            facts = Facts(self.applied_index, self.applied_term, conf_state, self._tables.rows_hash)
-            with self._durably(), self._transaction():
-                schema.write_facts(self._connection, facts)
-            self.conf_state = conf_state
-            self._show()
-
     # -- snapshots -----------------------------------------------------------------------------
 
     def make_snapshot(self, term: int) -> SnapshotMetadata:
@@ -444,6 +433,8 @@ class ClusterState:
         try:
             if not self._snapshots.is_whole(offer):
                 raise StoreDamaged(str(self._snapshots.partial), "not the snapshot that was sent")
+            # Whoever opens this folder next may need it, to begin the log anew behind it.
+            self._snapshots.sync_received()
             self._install(self._snapshots.partial, metadata)
         except StoreDamaged:
             self._snapshots.give_up()
@@ -477,13 +468,18 @@ class ClusterState:
     def _copy_table(self, source: sqlite3.Connection, kind: type[Row], table: str) -> int:
         """The sum of its rows' hashes. Raises ValueError for a row that no command makes."""
         total = 0
+
+        def checked() -> Iterator[tuple[str, str]]:
+            nonlocal total
+            for count, (key, text) in enumerate(schema.all_rows(source, kind), 1):
+                # Encoding it again finds a second spelling of the same row, and so a second hash.
+                if count > LIMITS[kind] or schema.encode_row(schema.decode_row(kind, text)) != text:
+                    raise ValueError(f"a row of {table} breaks its bounds")
+                total += schema.row_hash(table, key, text)
+                yield key, text
+
         self._connection.execute(f"DELETE FROM {table}")
-        for count, (key, text) in enumerate(schema.all_rows(source, kind), 1):
-            # Encoding it again finds a second spelling of the same row, and with it a second hash.
-            if count > LIMITS[kind] or schema.encode_row(schema.decode_row(kind, text)) != text:
-                raise ValueError(f"a row of {table} breaks its bounds")
-            self._connection.execute(f"INSERT INTO {table} VALUES (?, ?)", (key, text))
-            total += schema.row_hash(table, key, text)
+        self._connection.executemany(f"INSERT INTO {table} VALUES (?, ?)", checked())
         return total
 
     def _finish_install(self) -> None:

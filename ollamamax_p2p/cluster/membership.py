@@ -11,21 +11,22 @@ A newcomer knows nothing of the state yet, but must let the others in and know t
 it is given a roster with its admission, kept on disk, and used until the state says more.
 """
 
+import functools
 import hashlib
 import logging
 import random
+import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import trio
-from msgspec import Meta
 
 from ollamamax_p2p.cluster.cluster_state import ClusterState, open_cluster_state
+from ollamamax_p2p.cluster.core.agreed_settings import SETTINGS, Setting
 from ollamamax_p2p.cluster.core.autopilot import (
     LeaderView,
     ReplicaHealth,
@@ -34,6 +35,7 @@ from ollamamax_p2p.cluster.core.autopilot import (
 )
 from ollamamax_p2p.cluster.core.commands import (
     PEER_ADDRESSES_MAX,
+    VOTES,
     AnyCommand,
     Done,
     ExpireLeases,
@@ -44,11 +46,36 @@ from ollamamax_p2p.cluster.core.commands import (
     RemoveMember,
     Result,
     RoleWish,
+    RotateSwarmKey,
+    SetClock,
+    SetSetting,
+    SettingValue,
     UpdateMember,
+    WithdrawTickets,
     decode_result,
     encode_command,
 )
+from ollamamax_p2p.cluster.core.messages import (
+    REPLICA_LINES_MAX,
+    AnyAnswer,
+    AnyRequest,
+    LookAtReplicas,
+    ReplicaLine,
+    Replicas,
+    TransferLeader,
+    Transferred,
+    answers_codec,
+    requests_codec,
+)
 from ollamamax_p2p.cluster.core.rows import Member
+from ollamamax_p2p.cluster.place import (
+    FOUNDER_RAFT_ID,
+    LEAVE_AND_JOIN,
+    Place,
+    load_place,
+    save_place,
+)
+from ollamamax_p2p.cluster.status import ClusterStatus, described, disk_trouble
 from ollamamax_p2p.consensus import (
     ConsensusSettings,
     LogStorage,
@@ -66,9 +93,13 @@ from ollamamax_p2p.errors import (
     BadInput,
     DeadlineExceeded,
     NetworkTrouble,
+    NotAdmitted,
+    NotFound,
     NotLeader,
     OmxError,
+    PeerMisbehaved,
     PeerNotFound,
+    QuorumLost,
     StoreDamaged,
 )
 from ollamamax_p2p.host import (
@@ -84,15 +115,11 @@ from ollamamax_p2p.identity import (
     PeerId,
     parse_address,
     parse_peer_id,
-    read_secret,
-    write_secret,
 )
 from ollamamax_p2p.observability import Event, EventFeed
-from ollamamax_p2p.wire import Codec, Message, protocol_ids
+from ollamamax_p2p.wire import protocol_ids
 
 _log = logging.getLogger(__name__)
-
-FOUNDER_RAFT_ID = 1
 
 DEMOTED_S = 20.0
 """For a vote to be taken away: an election and a change of configuration, several times over."""
@@ -100,6 +127,20 @@ DEMOTED_S = 20.0
 LOOK_S = 0.5
 """How often a leader looks after its followers: a dead voter counts in tens of seconds, a new
 member should not wait."""
+
+ASK_LEADER_S = 2.0
+"""For the leader to tell how far the others are; a status does not wait for a dead one."""
+
+KNOCKED_AT_MAX = 3
+"""Members that a leaving node asks whether it still is one."""
+
+KEY_CHANGE_S = 3.0
+"""Between the agreement on a new swarm key and its use: the time in which every member that can be
+reached learns of it."""
+
+MEMBERS_KEPT_MAX = 255
+"""Members that a node stays connected to, voters first: as many connections as `HostSettings` takes
+by default, less one for a newcomer."""
 
 ANNOUNCE_S = 30.0
 """How often a node compares what the cluster knows of it with what is true."""
@@ -114,71 +155,6 @@ class AboutThisNode:
     """At most 64 printable characters; `printable_name` makes them."""
     region: str
     may_vote: bool
-
-
-class _Place(msgspec.Struct, frozen=True):
-    """This node's place in the cluster, as it is written to disk."""
-
-    version: Annotated[int, Meta(ge=1, le=1)]
-    raft_id: Annotated[int, Meta(ge=1, le=2**62)]
-    founder: bool
-    roster: tuple[tuple[str, Annotated[int, Meta(ge=1, le=2**62)]], ...] = ()
-
-
-class TransferLeader(Message, tag="transfer_leader", frozen=True):
-    """To the leader: let this member lead."""
-
-    raft_id: Annotated[int, Meta(ge=1, le=2**62)]
-
-
-class Transferred(Message, tag="transferred", frozen=True):
-    """Somebody else leads now."""
-
-
-_requests: Codec[TransferLeader] = Codec(TransferLeader, max_bytes=1024)
-_answers: Codec[Transferred] = Codec(Transferred, max_bytes=1024)
-
-
-def place_path(folder: Path) -> Path:
-    """Where a node's place in its cluster is kept."""
-    return folder / "place"
-
-
-def has_place(folder: Path) -> bool:
-    """Whether this node has a place in the cluster of this folder."""
-    return place_path(folder).exists()
-
-
-def found_place(folder: Path) -> None:
-    """Let the next `open_cluster` here found a cluster. Raises AccessRefused, StoreFull."""
-    _save_place(folder, _Place(1, FOUNDER_RAFT_ID, founder=True))
-
-
-def save_admission(folder: Path, admission: Admission) -> None:
-    """Let the next `open_cluster` here take the place that was given to this node."""
-    roster = tuple((str(peer), number) for peer, number in admission.roster)
-    _save_place(folder, _Place(1, admission.raft_id, founder=False, roster=roster))
-
-
-def _save_place(folder: Path, place: _Place) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_secret(place_path(folder), msgspec.json.encode(place))
-
-
-def _load_place(folder: Path) -> _Place:
-    path = place_path(folder)
-    data = read_secret(path)
-    if data is None:
-        raise StoreDamaged(
-            str(path),
-            "this node's place in its cluster is missing; `omx leave`, then join with a new ticket",
-        )
-    try:
-        return msgspec.json.decode(data, type=_Place)
-    except ValueError as error:
-        raise StoreDamaged(
-            str(path), f"{error}; `omx leave`, then join with a new ticket"
-        ) from error
 
 
 def printable_name(name: str) -> str:
@@ -199,22 +175,34 @@ async def open_cluster(
     feed: EventFeed,
     wall_clock: Callable[[], float],
 ) -> AsyncIterator["Cluster"]:
-    """Take part in the cluster for as long as the block is open; call `follow` once there are
+    """Take part in the cluster for as long as the block is open; open `following` once there are
     connections.
 
     folder: this node's own, with a place that `found_place` or `save_admission` wrote.
     Raises LocalTrouble: StoreDamaged, LogDamaged, LogSyncFailed, StoreFull, AccessRefused.
     """
-    place = await trio.to_thread.run_sync(_load_place, folder)
+    place = await trio.to_thread.run_sync(load_place, folder)
     state = await trio.to_thread.run_sync(open_cluster_state, folder / "state")
     try:
         log = await trio.to_thread.run_sync(open_file_log, folder / "log", settings)
         try:
-            if place.founder and not log.last_index():
-                await trio.to_thread.run_sync(bootstrap_log, log, (FOUNDER_RAFT_ID,))
+            if not log.last_index():
+                if place.begun:
+                    raise StoreDamaged(
+                        str(folder / "log"),
+                        "this node's part of the log is gone, and with it what it voted for; "
+                        + LEAVE_AND_JOIN,
+                    )
+                if place.founder:
+                    await trio.to_thread.run_sync(bootstrap_log, log, (FOUNDER_RAFT_ID,))
+            remember = functools.partial(
+                save_place, folder, msgspec.structs.replace(place, begun=True)
+            )
             async with _opened(
-                host, about, place, state, log, settings, rng, feed, wall_clock
+                host, about, place, state, log, swarm_key, settings, rng, feed, wall_clock
             ) as cluster:
+                if not place.begun:
+                    cluster._nursery.start_soon(cluster._remember_begin, remember)
                 if place.founder:
                     await cluster._found(swarm_id, swarm_key)
                 yield cluster
@@ -230,15 +218,16 @@ async def open_cluster(
 async def _opened(
     host: PeerHost,
     about: AboutThisNode,
-    place: _Place,
+    place: Place,
     state: ClusterState,
     log: LogStorage,
+    swarm_key: bytes | None,
     settings: ConsensusSettings,
     rng: random.Random,
     feed: EventFeed,
     wall_clock: Callable[[], float],
 ) -> AsyncIterator["Cluster"]:
-    cluster = Cluster(host, about, place, state, feed, wall_clock)
+    cluster = Cluster(host, about, place, state, swarm_key, feed, wall_clock)
     replicas: list[Replica] = []
     # The transport comes before the replica that it delivers to.
 
@@ -287,8 +276,8 @@ async def _opened(
             open_requests(
                 host,
                 protocol_ids.CLUSTER,
-                requests=_requests,
-                answers=_answers,
+                requests=requests_codec,
+                answers=answers_codec,
                 answer=cluster._answer,
             ) as requests,
             trio.open_nursery() as nursery,
@@ -308,8 +297,9 @@ class Cluster:
         self,
         host: PeerHost,
         about: AboutThisNode,
-        place: _Place,
+        place: Place,
         state: ClusterState,
+        swarm_key: bytes | None,
         feed: EventFeed,
         wall_clock: Callable[[], float],
     ) -> None:
@@ -318,17 +308,20 @@ class Cluster:
         self.raft_id = place.raft_id
         self._host = host
         self._about = about
+        self._swarm_key = swarm_key
         self._feed = feed
         self._wall_clock = wall_clock
         self._roster = {parse_peer_id(text): number for text, number in place.roster}
         self._roster[about.peer] = place.raft_id
         self._applied = trio.Event()
         self._told_leader = 0
+        self._leaving = False
+        self._connections: Connections | None = None
 
     def _start(
         self,
         replica: Replica,
-        requests: Requests[TransferLeader, Transferred],
+        requests: Requests[AnyRequest, AnyAnswer],
         nursery: trio.Nursery,
     ) -> None:
         self._replica = replica
@@ -342,6 +335,7 @@ class Cluster:
                 token.run_sync_soon(self._wake)
 
         self.state.on_applied(wake)
+        nursery.start_soon(self._begin_alone)
         nursery.start_soon(self._lead)
 
     def _wake(self) -> None:
@@ -374,7 +368,7 @@ class Cluster:
         """A member's peer id, for errors."""
         return self.peer_of(raft_id) or f"replica {raft_id}"
 
-    async def redeem(self, secret: bytes, peer: PeerId) -> Admission:
+    async def redeem(self, secret: bytes, peer: PeerId, name: str) -> Admission:
         """Make the peer a member by a ticket, once the cluster has agreed. Raises BadTicket, or
         NetworkTrouble if it cannot agree now.
         """
@@ -383,11 +377,10 @@ class Cluster:
                 secret_hash=_hash(secret),
                 peer=peer,
                 now=self._now(),
-                # It tells its own name once it is in.
-                name="node",
+                name=printable_name(name),
             )
         )
-        return Admission(done.number, self._roster_for(peer))
+        return Admission(done.number, self._roster_for(peer), votes=done.text == VOTES)
 
     def _roster_for(self, newcomer: PeerId) -> tuple[tuple[PeerId, int], ...]:
         voters = set(self._replica.status().voters)
@@ -422,6 +415,76 @@ class Cluster:
             )
         )
 
+    async def withdraw_tickets(self) -> int:
+        """Forget every ticket; gives how many could still be used. Raises NetworkTrouble."""
+        return (await self.change(WithdrawTickets())).number
+
+    async def set_setting(self, key: str, value: str) -> None:
+        """Change one of the settings that all share. Raises BadInput, NetworkTrouble."""
+        known = SETTINGS.get(key)
+        if known is None:
+            raise BadInput(
+                f"{key}: no such setting of the cluster; there are {', '.join(SETTINGS)}"
+            )
+        given = _setting_value(value, known)
+        problem = known.problem(given)
+        if problem:
+            raise BadInput(f"{key}: {problem}, not {value!r}")
+        await self.change(SetSetting(key=key, value=given))
+
+    async def set_clock(self) -> int:
+        """Have the cluster take this node's clock for the time, which one that was wrong may have
+        driven ahead; gives it, Unix seconds. All tickets are withdrawn; leases keep what time they
+        had left. Raises NetworkTrouble.
+        """
+        return (await self.change(SetClock(now=self._now()))).number
+
+    async def rotate_swarm_key(self, *, force: bool) -> tuple[str, ...]:
+        """Have a new pre-shared key agreed on; gives the names of members that will not learn of it
+        in time. Raises BadInput if there are some, unless forced, or if the swarm is open.
+        """
+        if not self.state.swarm_keys():
+            raise BadInput("this swarm is open: it has no key")
+        away = await self._away()
+        if away and not force:
+            raise BadInput(
+                f"{len(away)} of the members cannot be reached now and would need a new ticket to "
+                f"come back: {', '.join(away[:5])}; wait for them, or --force"
+            )
+        generation = self.state.swarm_key_generation()
+        await self.change(WithdrawTickets())
+        await self.change(RotateSwarmKey(generation=generation, key=secrets.token_bytes(32)))
+        return away
+
+    async def _away(self) -> tuple[str, ...]:
+        """Names of members that the leader has not heard of lately."""
+        status = await self.status()
+        if not status.has_quorum:
+            raise QuorumLost("too few voters answer")
+        return tuple(
+            f"{each.name} ({each.peer_id})"
+            for each in status.members
+            if each.last_contact_s is None or each.last_contact_s > KEY_CHANGE_S / 2
+        )
+
+    def find(self, text: str) -> PeerId:
+        """The member that is meant: by its peer id, its name, or a beginning of either. Raises
+        BadInput if several fit, NotFound if none does.
+        """
+        members = self.state.members()
+        exact = [peer for peer, each in members.items() if text in (peer, each.name)]
+        begun = [
+            peer
+            for peer, each in members.items()
+            if (text and peer.startswith(text)) or each.name.startswith(text)
+        ]
+        found = exact or begun
+        if len(found) > 1:
+            raise BadInput(f"{text!r} fits {len(found)} members; give more of the peer id")
+        if not found:
+            raise NotFound(f"no member is called {text!r}; see `omx cluster members`")
+        return found[0]
+
     async def set_role(self, peer: PeerId, role: RoleWish) -> None:
         """Make a member a voter or a learner, whatever autopilot thinks; `auto` leaves it to that.
         The leader carries it out within a moment, if enough voters live. Raises PeerNotFound.
@@ -453,7 +516,32 @@ class Cluster:
 
     async def leave(self) -> None:
         """Be a member no more; the others agree on it before this returns. Raises as `remove`."""
-        await self.remove(self._about.peer)
+        self._leaving = True
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._until_refused, nursery.cancel_scope)
+                await self.remove(self._about.peer)
+                nursery.cancel_scope.cancel()
+        except BaseException:
+            self._leaving = False
+            raise
+
+    async def _until_refused(self, scope: trio.CancelScope) -> None:
+        """Who applies our removal hangs up at once, often before it has told us. Then we learn of
+        it when we knock.
+        """
+        while True:
+            await trio.sleep(LOOK_S)
+            voters = [PeerId(member.peer) for member in self._voters_first()]
+            for peer in [each for each in voters if each != self._about.peer][:KNOCKED_AT_MAX]:
+                try:
+                    if self._connections is not None:
+                        await self._connections.reach_peer(peer)
+                except NotAdmitted:
+                    scope.cancel()
+                    return
+                except OmxError as error:
+                    _log.debug("%s", error)
 
     async def transfer_leader(self, peer: PeerId) -> None:
         """Let another voter lead. Raises PeerNotFound, NotLeader, BadInput, NetworkTrouble."""
@@ -469,17 +557,30 @@ class Cluster:
             raise NotLeader("")
         await self._requests.ask(leader, TransferLeader(raft_id=member.raft_id))
 
-    async def _answer(self, peer: PeerId, request: TransferLeader) -> Transferred:
+    async def _answer(self, peer: PeerId, request: AnyRequest) -> AnyAnswer:
+        if not self.is_member(peer):  # in an open swarm others than members are connected too
+            raise BadInput("only members of the cluster may ask that")
+        if isinstance(request, LookAtReplicas):
+            return Replicas(lines=self._replica_lines())
         if request.raft_id not in self._replica.status().voters:
             raise BadInput(f"replica {request.raft_id} has no vote")
         await self._replica.transfer_leader(request.raft_id)
         return Transferred()
 
-    async def snapshot(self) -> SnapshotMetadata | None:
-        """Make a snapshot of the state here, and drop the log behind it. None: nothing has changed
-        since the last.
+    def _replica_lines(self) -> tuple[ReplicaLine, ...]:
+        if not self._replica.leads:
+            raise BadInput("another node leads")
+        return tuple(
+            ReplicaLine(each.raft_id, each.lag, each.state, each.last_contact_s)
+            for each in self._replica.status().members[:REPLICA_LINES_MAX]
+        )
+
+    async def snapshot(self) -> int:
+        """Make a snapshot of the state here, and drop the log behind it; gives the last index in
+        the newest one. Raises StoreFull.
         """
-        return await self._replica.make_snapshot()
+        await self._replica.make_snapshot()
+        return self._replica.status().snapshot_index
 
     def _check_member(self, peer: PeerId) -> Member:
         member = self.state.member(peer)
@@ -488,6 +589,11 @@ class Cluster:
         return member
 
     # -- looking
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This node's own."""
+        return self._about.peer
 
     @property
     def leader(self) -> PeerId | None:
@@ -499,9 +605,63 @@ class Cluster:
         """Whether this node does."""
         return self._replica.leads
 
-    def status(self) -> ReplicaStatus:
-        """This node's replica at a glance."""
-        return self._replica.status()
+    @property
+    def has_quorum(self) -> bool:
+        """Whether something can be agreed on now, as far as is known here."""
+        return self._replica.status().has_quorum
+
+    @property
+    def was_removed(self) -> bool:
+        """Whether this node is a member no more; it sees and agrees on nothing from then on."""
+        members = self.state.member_ids()
+        return bool(members) and self._about.peer not in members
+
+    async def status(self) -> ClusterStatus:
+        """The cluster in one look; asks the leader how far the others are."""
+        replica, state = self._replica.status(), self.state
+        state_index, state_hash = state.hash_at()
+        lines = {line.raft_id: line for line in await self._lines_of_leader()}
+        return ClusterStatus(
+            peer_id=self._about.peer,
+            role=self._role(replica),
+            leader=self.leader or "",
+            term=replica.term,
+            has_quorum=replica.has_quorum,
+            last_contact_s=replica.last_contact_s,
+            committed=replica.committed,
+            applied=replica.applied,
+            log_first=replica.first_index,
+            log_last=replica.last_index,
+            snapshot=replica.snapshot_index,
+            state_index=state_index,
+            state_hash=state_hash.hex(),
+            changing=replica.has_pending_change,
+            trouble=disk_trouble(replica),
+            swarm_key_generation=state.swarm_key_generation() if state.swarm_keys() else 0,
+            tickets=state.tickets().alive,
+            settings=asdict(state.settings()),
+            members=tuple(
+                described(member, replica, lines.get(member.raft_id))
+                for member in sorted(state.members().values(), key=lambda each: each.raft_id)
+            ),
+        )
+
+    def _role(self, replica: ReplicaStatus) -> str:
+        if self.was_removed:
+            return "removed"
+        return "learner" if replica.is_learner else replica.role.replace("_", "-")
+
+    async def _lines_of_leader(self) -> tuple[ReplicaLine, ...]:
+        """Empty if it cannot be asked."""
+        leader = self.leader
+        if self._replica.leads:
+            return self._replica_lines()
+        if leader is None:
+            return ()
+        with trio.move_on_after(ASK_LEADER_S), suppress(NetworkTrouble, BadInput, PeerMisbehaved):
+            answer = await self._requests.ask(leader, LookAtReplicas())
+            return answer.lines if isinstance(answer, Replicas) else ()
+        return ()
 
     async def read(self) -> None:
         """Returns once `state` shows everything that anybody was told is done before this call.
@@ -510,6 +670,21 @@ class Cluster:
         await self._replica.read()
 
     # -- tasks
+
+    async def _begin_alone(self) -> None:
+        """A node that is the only voter need not wait for others before it leads."""
+        while not self._replica.leader:
+            status = self._replica.status()
+            if status.voters == (self.raft_id,) and status.applied == status.committed:
+                self._replica.campaign()
+                return
+            await self._replica.wait_changed()
+
+    async def _remember_begin(self, remember: Callable[[], None]) -> None:
+        """From here on an empty log is a lost one."""
+        while not self._replica.applied_index:
+            await self._replica.wait_changed()
+        await trio.to_thread.run_sync(remember)
 
     async def _found(self, swarm_id: bytes, swarm_key: bytes | None) -> None:
         """Be the first member; does nothing at later starts."""
@@ -531,12 +706,42 @@ class Cluster:
             if not self.state.members():
                 raise
 
-    def follow(self, connections: Connections) -> None:
+    @asynccontextmanager
+    async def following(
+        self,
+        connections: Connections,
+        on_swarm_key: Callable[[bytes], None] = lambda key: None,
+        *,
+        announce: bool = True,
+    ) -> AsyncIterator[None]:
         """Stay connected to the members, and to nobody who no longer is one, for as long as the
-        cluster is open.
+        block is open.
+
+        on_swarm_key: called once with the key that the cluster has agreed on, if that is another
+        than the one with which `open_cluster` was called, when it is time to use it.
+        announce: have the cluster know this node's name, region and addresses.
         """
-        self._nursery.start_soon(self._follow_members, connections)
-        self._nursery.start_soon(self._announce)
+        self._connections = connections
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_members, connections)
+            nursery.start_soon(self._follow_swarm_key, on_swarm_key)
+            if announce:
+                nursery.start_soon(self._announce)
+            yield
+            nursery.cancel_scope.cancel()
+
+    async def _follow_swarm_key(self, on_swarm_key: Callable[[bytes], None]) -> None:
+        if self._swarm_key is None:
+            return
+        while True:
+            applied = self._applied
+            agreed = self.state.swarm_keys()
+            if agreed and agreed[0] != self._swarm_key:
+                _log.warning("the cluster has a new swarm key; using it in %g s", KEY_CHANGE_S)
+                await trio.sleep(KEY_CHANGE_S)
+                on_swarm_key(agreed[0])
+                return
+            await applied.wait()
 
     async def _follow_members(self, connections: Connections) -> None:
         before: frozenset[PeerId] = frozenset()
@@ -545,17 +750,42 @@ class Cluster:
             applied = self._applied
             now = self.state.member_ids()
             for peer in before - now:
-                _log.info("%s is a member no more", peer)
-                self._report("cluster.removed", peer)
-                connections.expel(peer)
+                told.pop(peer, None)
+                self._see_off(peer, connections)
             for peer in now - before:
                 self._report("cluster.member", peer)
-            for peer, member in self.state.members().items():
-                if peer != self._about.peer and told.get(peer) != member.addresses:
+            for member in self._voters_first():
+                peer = PeerId(member.peer)
+                if peer == self._about.peer or told.get(peer) == member.addresses:
+                    continue
+                if peer in told or len(told) < MEMBERS_KEPT_MAX:
                     told[peer] = member.addresses
                     connections.keep(_parsed(member.addresses, peer))
             before = now
             await applied.wait()
+
+    def _voters_first(self) -> list[Member]:
+        conf = self.state.conf_state
+        voters = {*conf.voters, *conf.voters_outgoing}
+        return sorted(
+            self.state.members().values(),
+            key=lambda member: (member.raft_id not in voters, member.raft_id),
+        )
+
+    def _see_off(self, peer: PeerId, connections: Connections) -> None:
+        self._report("cluster.removed", peer)
+        if peer == self._about.peer and self._leaving:
+            return
+        if peer == self._about.peer:
+            for other in self.state.members():
+                connections.forget(other)  # they would only refuse us, again and again
+            _log.error(
+                "this node has been removed from its cluster; `omx leave`, then join with a new "
+                "ticket if it is to come back"
+            )
+            return
+        _log.warning("%s is a member no more", peer)
+        connections.expel(peer)
 
     async def _announce(self) -> None:
         """Have the cluster know this node as it is."""
@@ -660,6 +890,14 @@ class Cluster:
     def _report(self, kind: str, peer: str) -> None:
         at = datetime.fromtimestamp(self._wall_clock(), UTC).isoformat(timespec="seconds")
         self._feed.report(Event(kind=kind, at=at, facts={"peer": peer}))
+
+
+def _setting_value(text: str, setting: Setting) -> SettingValue:
+    """As a person writes it; what is neither becomes -1, which no setting takes."""
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if setting.choices is None and text.lower() in words:
+        return words[text.lower()]
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else -1
 
 
 def _session_ended(result: bytes) -> bool:

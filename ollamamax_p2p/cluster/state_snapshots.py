@@ -97,6 +97,7 @@ class StateSnapshots:
         self._settings = settings
         self._receiving = folder / "receiving"
         make_folder(self._receiving, 0o700)
+        self._take_back()
         self._remove_others(self._names())
 
     def newest(self) -> SnapshotMetadata | None:
@@ -163,13 +164,28 @@ class StateSnapshots:
                 and _sha256(self.partial) == offer.sha256
             )
 
-    def keep_received(self, offer: Offer) -> None:
-        """Count what has been received, which is whole, among the others."""
+    def sync_received(self) -> None:
+        """What has been received survives a power cut from here on."""
         with translated(self.partial, "keep"):
             with open_file(self.partial, os.O_RDWR) as descriptor:
                 sync(descriptor)
+            sync_folder(self._receiving)
+
+    def keep_received(self, offer: Offer) -> None:
+        """Count what has been received, which is whole and durable, among the others."""
+        with translated(self.partial, "keep"):
             self._keep(self.partial, offer)
             self.give_up()
+
+    def _take_back(self) -> None:
+        """After a crash in the middle of `_keep`: the bytes are what was received, as before it."""
+        begun = self.begun()
+        if begun is None or self.partial.exists():
+            return
+        moved = self._folder / f"{_name(begun.metadata)}.db"
+        with translated(self._folder, "keep"):
+            if moved.exists() and not moved.with_suffix(".meta").exists():
+                moved.replace(self.partial)
 
     def give_up(self) -> None:
         """Throw away what has been received."""

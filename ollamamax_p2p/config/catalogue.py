@@ -21,9 +21,9 @@ INVERTED_VARIABLES: Mapping[str, str] = {"discovery.mdns": "OMX_NO_MDNS"}
 OTHER_PROGRAMS_VARIABLES: Mapping[str, str] = {"content.models": "OLLAMA_MODELS"}
 """Asked last: what the user has told Ollama already."""
 
-OTHER_VARIABLES = ("OMX_CONFIG", "OMX_DEBUG", "OMX_LOG", "TESTS_NO_SKIPS")
+OTHER_VARIABLES = ("OMX_CONFIG", "OMX_DEBUG", "OMX_LOG")
 """Ours, but no settings: where the file is, whether errors show their traceback, whose logs are
-shown; the last is the test suite's, which runs `omx` in its own environment.
+shown.
 """
 
 FLAGS: Mapping[str, str] = {
@@ -35,6 +35,8 @@ FLAGS: Mapping[str, str] = {
     "host.listen": "--listen",
     "discovery.bootstrap": "--bootstrap",
     "discovery.mdns": "--no-mdns",
+    "cluster.region": "--region",
+    "cluster.voter": "--voter",
 }
 """The flags that `omx` has for settings."""
 

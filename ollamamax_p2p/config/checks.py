@@ -1,6 +1,7 @@
 """Which values can be used: ranges, addresses, and settings that must fit each other."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
 from typing import Any
@@ -19,6 +20,10 @@ _COUNTS_MIN: Mapping[str, int] = {
     "origin.connections": 1,
     "discovery.remembered_peers_max": 0,
     "content.reserve_bytes": 0,
+    "consensus.max_message_bytes": 64 * 1024,
+    "consensus.max_command_bytes": 256 * 1024,  # what the cluster's commands may take
+    "consensus.segment_bytes": 1024 * 1024,
+    "consensus.snapshot_rate": 64 * 1024,
 }
 
 _COUNTS_MAX: Mapping[str, int] = {
@@ -39,6 +44,11 @@ _ORDERED = (
         "discovery.announce_interval_s",
         "discovery.announce_lifetime_s",
         "or announcements lapse before they are renewed",
+    ),
+    (
+        "consensus.heartbeat_ticks",
+        "consensus.election_ticks",
+        "or members elect another leader before they have heard of the first",
     ),
 )
 
@@ -70,6 +80,8 @@ def _misfits(values: Mapping[str, Any]) -> Iterator[Problem]:
     for low, high, why in _ORDERED:
         if values[low] > values[high]:
             yield low, f"must not be more than {high} ({values[high]:g}), {why}"
+    if values["consensus.heartbeat_ticks"] == values["consensus.election_ticks"]:
+        yield "consensus.election_ticks", "must be more than consensus.heartbeat_ticks"
 
 
 def _number_problem(key: str, value: float) -> str | None:
@@ -77,7 +89,8 @@ def _number_problem(key: str, value: float) -> str | None:
         if not math.isfinite(value) or not 0 < value <= SECONDS_MAX:
             return f"{value:g} is not between 0 and {SECONDS_MAX:,.0f} seconds"
         return None
-    low, high = _COUNTS_MIN.get(key, 0), _COUNTS_MAX.get(key)
+    least = 1 if key.startswith("consensus.") else 0
+    low, high = _COUNTS_MIN.get(key, least), _COUNTS_MAX.get(key)
     if value < low:
         return f"{value} is too small, the least is {low}"
     if high is not None and value > high:
@@ -162,7 +175,19 @@ def _credentials_problem(credentials: Mapping[str, str]) -> str | None:
     return None
 
 
+def _region_problem(region: str) -> str | None:
+    if re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,63})?", region):
+        return None
+    return f"{region!r} is not one word of letters, digits, '-', '_' and '.', at most 64"
+
+
+def _voter_problem(voter: str) -> str | None:
+    return None if voter in ("auto", "yes", "no") else f"{voter!r} is not auto, yes or no"
+
+
 _CHECKS: Mapping[str, Any] = {
+    "cluster.region": _region_problem,
+    "cluster.voter": _voter_problem,
     "name": _name_problem,
     "host.listen": _listen_problem,
     "host.announce": _transports_problem,

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ollamamax_p2p.api import ApiSettings
+from ollamamax_p2p.cluster import ClusterSettings
 from ollamamax_p2p.config.checks import NAME_CHARS_MAX, first_problem
 from ollamamax_p2p.config.conversion import Unusable, from_toml
+from ollamamax_p2p.consensus import ConsensusSettings
 from ollamamax_p2p.content import ContentSettings
 from ollamamax_p2p.discovery import DiscoverySettings
 from ollamamax_p2p.errors import BadConfig
@@ -41,6 +43,8 @@ class NodeConfig:
     discovery: DiscoverySettings = field(default_factory=DiscoverySettings)
     transfer: TransferSettings = field(default_factory=TransferSettings)
     origin: OriginSettings = field(default_factory=OriginSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    consensus: ConsensusSettings = field(default_factory=ConsensusSettings)
     api: ApiSettings = field(default_factory=ApiSettings)
 
     def __post_init__(self) -> None:
@@ -86,6 +90,8 @@ _SECTIONS: dict[str, type] = {
     "discovery": DiscoverySettings,
     "transfer": TransferSettings,
     "origin": OriginSettings,
+    "cluster": ClusterSettings,
+    "consensus": ConsensusSettings,
     "api": ApiSettings,
 }
 

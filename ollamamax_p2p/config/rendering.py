@@ -9,6 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from ollamamax_p2p.cluster.core.agreed_settings import SETTINGS as AGREED_SETTINGS
+from ollamamax_p2p.cluster.core.agreed_settings import Setting as AgreedSetting
 from ollamamax_p2p.config.catalogue import (
     FLAGS,
     INVERTED_VARIABLES,
@@ -68,6 +70,17 @@ in force and where it came from.
 """
 
 
+_AGREED_HEAD = """\
+## What the whole cluster shares
+
+These are agreed on by the cluster and stand in no file. `omx cluster set` lists them, `omx cluster
+set KEY VALUE` changes one, for all nodes at once.
+
+| setting | default | values | meaning |
+|---|---|---|---|
+"""
+
+
 def reference_page() -> str:
     """The page, from the settings' own code and docstrings."""
     texts = _docstrings()
@@ -78,7 +91,20 @@ def reference_page() -> str:
             section = setting.section
             parts.append(f"## [{section}]\n" if section else "## Top of the file\n")
         parts.append(_entry(setting, texts[key]))
+    rows = [_agreed_row(key, setting) for key, setting in AGREED_SETTINGS.items()]
+    parts.append(_AGREED_HEAD + "".join(rows))
     return "\n".join(parts)
+
+
+def _agreed_row(key: str, setting: AgreedSetting) -> str:
+    choices = setting.choices
+    if choices is None:
+        values = "true, false"
+    elif isinstance(choices, range):
+        values = f"{choices[0]:,} to {choices[-1]:,}"
+    else:
+        values = ", ".join(map(str, choices))
+    return f"| `{key}` | {str(setting.default).lower()} | {values} | {setting.meaning} |\n"
 
 
 def _entry(setting: Setting, text: str) -> str:
@@ -102,7 +128,7 @@ def _default_text(setting: Setting) -> str:
         return str(value).lower()
     if isinstance(value, Path):
         return str(value)
-    is_plain = not isinstance(value, tuple | Mapping)
+    is_plain = not isinstance(value, tuple | Mapping) and value != ""
     return str(value) if is_plain else json.dumps(_plain(setting, value))
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ollamamax_p2p.consensus.core.log_records import (
+    ALIGN,
     RESERVED_BYTES,
     SEGMENT_BYTES_MAX,
     SEGMENT_HEADER_BYTES,
@@ -246,9 +247,16 @@ class FileLog:
     def _clean(self, segment: _Segment) -> None:
         """Fill what a write left behind the end with zeros, durably: what comes there next must not
         be mixed with it.
+
+        First the last byte, without which no frame is whole, then the rest, then the header: so it
+        is a torn frame still wherever a full disk ends this, and not a damaged one.
         """
+        start, stop = segment.end, segment.dirty_end
+        body = min(start + ALIGN, stop)
         try:
-            self._files.write(segment.name, segment.end, bytes(segment.dirty_end - segment.end))
+            for first, end in ((stop - 1, stop), (body, stop - 1), (start, body)):
+                if first < end:
+                    self._files.write(segment.name, first, bytes(end - first))
         except OSError as error:
             if is_full(error):
                 raise self._full(segment.dirty_end - segment.end) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 
 from ollamamax_p2p.consensus.log_files import FolderReader, named
-from ollamamax_p2p.consensus.log_reading import ReadSegment, read_log
+from ollamamax_p2p.consensus.log_reading import ReadLog, ReadSegment, read_log
 from ollamamax_p2p.errors import NotFound
 
 _ADVICE = (
@@ -54,7 +54,10 @@ class LogReport(msgspec.Struct, frozen=True, kw_only=True):
     segments: tuple[SegmentReport, ...]
     first_index: int
     last_index: int
+    last_term: int
+    """Of the last entry; of the snapshot if there are none behind it."""
     term: int
+    """The newest that this node has heard of."""
     vote: int
     commit: int
     snapshot_index: int
@@ -91,6 +94,7 @@ def check_log(folder: Path) -> LogReport:
         segments=tuple(map(_segment, log.segments)),
         first_index=log.entries[0].index if log.entries else 0,
         last_index=log.entries[-1].index if log.entries else 0,
+        last_term=_last_term(log),
         term=log.hard_state.term,
         vote=log.hard_state.vote,
         commit=log.hard_state.commit,
@@ -100,6 +104,12 @@ def check_log(folder: Path) -> LogReport:
         leftovers=tuple(log.leftovers),
         damage=damage,
     )
+
+
+def _last_term(log: ReadLog) -> int:
+    if log.entries:
+        return log.entries[-1].term
+    return log.snapshot.metadata.term if log.snapshot else 0
 
 
 def _segment(segment: ReadSegment) -> SegmentReport:

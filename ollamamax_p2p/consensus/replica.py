@@ -25,8 +25,8 @@ and goes on by itself when there is room.
 
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -44,7 +44,6 @@ from ollamamax_p2p.consensus.core.drive import (
     command_of,
     merged_writes,
     proposal_of,
-    snapshot_to_adopt,
 )
 from ollamamax_p2p.consensus.core.log_errors import Compacted
 from ollamamax_p2p.consensus.core.logger import Logger
@@ -56,20 +55,25 @@ from ollamamax_p2p.consensus.core.messages import (
     Entry,
     HardState,
     Message,
-    Snapshot,
     SnapshotMetadata,
     payload_size,
 )
-from ollamamax_p2p.consensus.core.sessions import (
-    SESSION_ENDED,
-    SESSION_WINDOW,
-    ClientSession,
-    SessionPool,
-)
+from ollamamax_p2p.consensus.core.sessions import SESSION_ENDED, ClientSession
 from ollamamax_p2p.consensus.core.tracing import TraceSink
 from ollamamax_p2p.consensus.log_storage import LogStorage
+from ollamamax_p2p.consensus.session_places import SessionPlaces
 from ollamamax_p2p.consensus.settings import ConsensusSettings
 from ollamamax_p2p.consensus.state_machine import StateMachine
+from ollamamax_p2p.consensus.storage_work import (
+    WaitingCommit,
+    carry_out_applies,
+    carry_out_write,
+    let_go,
+    make_snapshot,
+    open_drive,
+    snapshot_index,
+    snapshot_lacks_member,
+)
 from ollamamax_p2p.consensus.transport import Transport
 from ollamamax_p2p.errors import (
     DeadlineExceeded,
@@ -190,14 +194,10 @@ async def open_replica(
     trace: gets the events of the core, see docs/protocols/raft-trace.md.
     Raises LogDamaged if log and state machine do not belong together; LocalTrouble of both.
     """
-    begun = snapshot_to_adopt(log, state_machine.applied_index, state_machine.newest_snapshot())
-    if begun is not None:
-        log.install_snapshot(Snapshot(begun))
-    drive = Drive(
+    drive = open_drive(
         raft_id,
         log,
-        applied=state_machine.applied_index,
-        conf_state=state_machine.conf_state,
+        state_machine,
         settings=settings,
         rng=rng,
         logger=logger,
@@ -245,7 +245,8 @@ class Replica:
         self._session_ended = session_ended
         self._disk = trio.CapacityLimiter(1)
         self._written = log.initial_state()[0]
-        self._snapshot_index = _snapshot_index(log)
+        self._waiting_commit = WaitingCommit()
+        self._snapshot_index = snapshot_index(log)
         self._bytes_since_snapshot = 0
         self._work_came = trio.Event()
         self._to_write: list[Message] = []
@@ -256,11 +257,9 @@ class Replica:
         self._changed = trio.Event()
         self._seen = (NOBODY, 0)
         self._answers: dict[int, _Answer] = {}
-        self._sessions = SessionPool(sessions_max=settings.sessions_per_replica)
-        self._places = trio.Semaphore(settings.sessions_per_replica * SESSION_WINDOW)
-        """First come, first served; then a place in a session is found almost always."""
-        self._opening_session = trio.Lock()
-        self._room_came = trio.Event()
+        self._places = SessionPlaces(
+            sessions_max=settings.sessions_per_replica, open_session=self._open_session
+        )
         self._ended = False
 
     # -- what the transport says
@@ -297,21 +296,22 @@ class Replica:
             session, outcome = await self._answer_once(data)
             if not self._session_ended(outcome.result):
                 return outcome.result
-            self._sessions.end(session)
+            self._places.end(session)
             if outcome.attempts > 1:
                 # Its first copy may have been applied before the session ended.
                 raise OutcomeUnknown("its session ended while it was proposed again")
 
     async def _answer_once(self, data: bytes) -> tuple[ClientSession, Outcome]:
-        async with self._places:
-            session = await self._session()
-            sequence = session.begin()
-            try:
-                request = self._drive.propose(data, session=session.id, sequence=sequence)
-                return session, await self._answer(request)
-            finally:
-                session.finish(sequence)
-                self._room_came.set()
+        place = await self._places.take()
+        try:
+            request = self._drive.propose(data, session=place.session.id, sequence=place.sequence)
+            return place.session, await self._answer(request)
+        finally:
+            self._places.give_back(place)
+
+    async def _open_session(self) -> int:
+        outcome = await self._answer(self._drive.propose(b""))
+        return int.from_bytes(outcome.result, "big")
 
     async def propose_unguarded(self, data: bytes) -> bytes:
         """Have a command applied at most once, without a session: one that is lost is not proposed
@@ -327,6 +327,11 @@ class Replica:
         QuorumLost, OutcomeUnknown; ValueError if it is too long.
         """
         return (await self._answer(self._drive.propose_conf_change(change, data))).result
+
+    def campaign(self) -> None:
+        """Hold an election now, without waiting for a leader's silence; for the only voter."""
+        self._drive.campaign()
+        self._wake()
 
     async def transfer_leader(self, raft_id: int) -> None:
         """Let this voter lead; returns when somebody else does. Raises NotLeader; DeadlineExceeded
@@ -488,7 +493,7 @@ class Replica:
         """Make one now, and let go of the log behind it; None if a snapshot is just coming in.
         Raises StoreFull.
         """
-        metadata = await self._call(self._calls, self._snapshot_now)
+        metadata = await self._call(self._calls, make_snapshot, self._log, self._state_machine)
         if metadata is not None and metadata.index > self._snapshot_index:
             await self._call(self._disk, self._let_go, metadata)
             self._snapshot_index, self._bytes_since_snapshot = metadata.index, 0
@@ -513,20 +518,6 @@ class Replica:
             raise answer.outcome.error
         return answer.outcome
 
-    async def _session(self) -> ClientSession:
-        """One with room; opened here if there is none, or waited for if there are enough."""
-        while (session := self._sessions.with_room()) is None:
-            if not self._sessions.may_grow:
-                if self._room_came.is_set():
-                    self._room_came = trio.Event()
-                await self._room_came.wait()
-                continue
-            async with self._opening_session:
-                if self._sessions.with_room() is None and self._sessions.may_grow:
-                    outcome = await self._answer(self._drive.propose(b""))
-                    self._sessions.add(int.from_bytes(outcome.result, "big"))
-        return session
-
     def _end(self) -> None:
         self._ended = True
         for answer in self._answers.values():
@@ -547,6 +538,8 @@ class Replica:
             await trio.sleep_until(due)
             self._drive.tick(trio.current_time())
             self._wake()
+            if self._waiting_commit.state is not None:
+                self._write_came.set()
 
     async def _loop(self) -> None:
         while True:
@@ -584,9 +577,12 @@ class Replica:
             await self._write_came.wait()
             self._write_came = trio.Event()
             batch, self._to_write = self._to_write, []
+            if not batch:
+                await self._write_commit_index()
             try:
                 for write in merged_writes(batch, self._written):
-                    await self._call(self._disk, self._write_now, write)
+                    if not self._waiting_commit.may_wait(write):
+                        await self._call(self._disk, carry_out_write, self._log, write)
                     self._written = write.hard_state or self._written
                     for message in write.messages:
                         self._drive.appended(message)
@@ -600,13 +596,13 @@ class Replica:
                 self._drive.append_failed()
                 self._wake()
 
-    def _write_now(self, write: Write) -> None:
-        if write.snapshot is None:
-            self._log.append(write.entries, write.hard_state, sync=write.sync)
-            return
-        self._log.install_snapshot(write.snapshot, write.hard_state)
-        if write.entries:
-            self._log.append(write.entries)
+    async def _write_commit_index(self) -> None:
+        """From time to time, where nothing else is written: less is to be done after a restart."""
+        state, self._waiting_commit.state = self._waiting_commit.state, None
+        if state is not None:
+            write = Write([], hard_state=state)
+            with suppress(StoreFull):  # it will be told again by the leader, or by the log itself
+                await self._call(self._disk, carry_out_write, self._log, write)
 
     async def _apply(self) -> None:
         while True:
@@ -614,7 +610,9 @@ class Replica:
             self._apply_came = trio.Event()
             batch, self._to_apply = self._to_apply, []
             try:
-                results = await self._call(self._calls, self._apply_now, batch)
+                results = await self._call(
+                    self._calls, carry_out_applies, self._state_machine, batch
+                )
             except StoreFull as error:
                 if not self._drive.apply_is_full:
                     _log.error("nothing can be applied: %s", error)
@@ -627,16 +625,6 @@ class Replica:
                 self._tell_changed()
                 self._much_applied.set()
             self._wake()
-
-    def _apply_now(self, batch: Sequence[Apply]) -> list[list[bytes | None]]:
-        """In one transaction; None for what came with a snapshot that lies ahead."""
-        done = self._state_machine.applied_index
-        commands = [each for apply in batch for each in apply.commands if each.index > done]
-        results = iter(self._state_machine.apply(commands) if commands else [])
-        return [
-            [next(results) if command.index > done else None for command in apply.commands]
-            for apply in batch
-        ]
 
     async def _fetch(self, message: Message) -> None:
         assert message.snapshot is not None
@@ -672,30 +660,12 @@ class Replica:
                 except StoreFull as error:
                     _log.error("no snapshot can be made: %s", error)
 
-    def _snapshot_lacks_member(self) -> bool:
-        """A member takes no snapshot in which it is none, and if the log begins late it needs one:
-        so who is added costs a snapshot.
-        """
-        if self._log.first_index() == 1:
-            return False
-        made = self._log.snapshot().metadata.conf_state
-        now = self._drive.raw_node.raft.tracker.config.conf_state()
-        known = {*made.voters, *made.voters_outgoing, *made.learners}
-        return not known.issuperset((*now.voters, *now.learners))
-
-    def _snapshot_now(self) -> SnapshotMetadata | None:
-        index = self._state_machine.applied_index
-        if index > self._log.last_index() or index <= _snapshot_index(self._log):
-            return None
-        return self._state_machine.make_snapshot(self._log.term(index))
-
     def _let_go(self, metadata: SnapshotMetadata) -> None:
-        if metadata.index <= _snapshot_index(self._log):
-            return  # one from the leader has overtaken it
-        self._log.save_snapshot(Snapshot(metadata))
-        behind = metadata.index - self._settings.trailing_entries
-        if behind >= self._log.first_index():
-            self._log.compact(behind)
+        let_go(self._log, metadata, trailing_entries=self._settings.trailing_entries)
+
+    def _snapshot_lacks_member(self) -> bool:
+        now = self._drive.raw_node.raft.tracker.config.conf_state()
+        return snapshot_lacks_member(self._log, now)
 
     async def _call(
         self, limiter: trio.CapacityLimiter, job: Callable[..., Result], *arguments: object
@@ -714,10 +684,3 @@ class _Answer:
     def __init__(self) -> None:
         self.came = trio.Event()
         self.outcome: Outcome | None = None
-
-
-def _snapshot_index(log: LogStorage) -> int:
-    try:
-        return log.snapshot().metadata.index
-    except LookupError:
-        return 0

@@ -81,12 +81,3 @@ class ConsensusSettings:
     sessions_per_replica: int = 32
     """For exactly-once proposals: 32 times 64 commands on their way at once from one replica, more
     wait; 32 replicas that need all of them fill the table of sessions."""
-
-    give_up_s: float = 10.0
-    """A proposal or read that could not be agreed on for this long ends with QuorumLost: several
-    elections would have fitted."""
-
-    lease_reads: bool = False
-    """Answer linearizable reads from the leader's lease, without asking the others. Right only
-    while no member's clock runs more than a tenth faster than the leader's, and no process is
-    paused; see `core/lease.py`."""

@@ -33,8 +33,9 @@ class SnapshotReader(Protocol):
 class SnapshotWriter(Protocol):
     """A snapshot being received: pieces in order, kept across restarts until installed."""
 
-    received: int
-    """Bytes that are here already; the sender goes on from there."""
+    @property
+    def received(self) -> int:
+        """Bytes that are here already; the sender goes on from there."""
 
     def write(self, data: bytes) -> None:
         """Add the next piece. Raises StoreFull."""

@@ -261,7 +261,6 @@ class StreamTransport:
             return
         while (payload := await frames.next()) is not None:
             self._take(link, payload)
-            await trio.lowlevel.checkpoint()  # the next frame may be here already
 
     def _take(self, link: "_Link", payload: bytes) -> None:
         """One frame of a peer, on its way to the replica."""
@@ -466,6 +465,8 @@ class _Frames:
 
     async def next(self) -> bytes | None:
         """None at the end. Raises PeerGone, FrameTooLarge."""
+        if self._whole:
+            await trio.lowlevel.checkpoint()
         while not self._whole:
             data = await self._stream.receive_some()
             if not data:

@@ -412,7 +412,8 @@ class DiskStore:
                     digest, about.st_size, reader.read_now, self._hash_limiter
                 )
             except DigestMismatch as error:
-                problem = f"its bytes are {error.actual}; remove the model and pull it again"
+                # Not `omx rm`: that leaves a blob which another model needs too.
+                problem = f"its bytes are {error.actual}; delete this file and pull the model again"
                 raise StoreDamaged(str(path), problem) from error
         await self._in_thread(self._keep_map, built, stamp)
         return built

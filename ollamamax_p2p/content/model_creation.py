@@ -45,7 +45,14 @@ from ollamamax_p2p.content.core.modelfile import (
     parse_modelfile,
 )
 from ollamamax_p2p.content.core.safetensors import SafetensorsHeader, read_safetensors_header
-from ollamamax_p2p.errors import BadModelFile, BadName, ModelNotFound, StoreDamaged, StoreReadOnly
+from ollamamax_p2p.errors import (
+    AccessRefused,
+    BadModelFile,
+    BadName,
+    ModelNotFound,
+    StoreDamaged,
+    StoreReadOnly,
+)
 
 ResolveModel = Callable[[ModelName], Awaitable[Manifest]]
 
@@ -171,17 +178,27 @@ async def _existing_path(origin: Origin, base_dir: Path, place: str) -> Path | N
         path = await trio.to_thread.run_sync(_absolute, Path(text), base_dir)
     except RuntimeError as error:  # what pathlib says of an unknown user's home
         raise BadModelFile(place, f"{text[:200]!r}: {error}") from error
-    if await trio.Path(path).is_dir():
+    # A model's name never looks like these, so the reader meant a file.
+    is_meant = text.startswith(("/", "./", "../", "~")) or text.endswith((".gguf", ".safetensors"))
+    try:
+        mode = (await trio.Path(path).stat()).st_mode
+    except OSError as error:
+        # A node may run as a user who cannot look into the folder that a model is named in.
+        if not is_meant:
+            return None
+        if isinstance(error, PermissionError):
+            raise AccessRefused(str(path), "read") from error
+        raise BadModelFile(place, _absence(path, place, error)) from error
+    if stat.S_ISDIR(mode):
         problem = "is a folder; name the GGUF or safetensors file in it"
         raise BadModelFile(place, _about(path, place, problem))
-    if await trio.Path(path).exists():
-        return path
-    # A model's name never looks like these, so the reader meant a file.
-    if text.startswith(("/", "./", "../", "~")) or text.endswith((".gguf", ".safetensors")):
-        raise BadModelFile(
-            place, "there is no such file" if place == str(path) else f"there is no file {path}"
-        )
-    return None
+    return path
+
+
+def _absence(path: Path, place: str, error: OSError) -> str:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        return _about(path, place, f"cannot be read: {error.strerror}")
+    return "there is no such file" if place == str(path) else f"there is no file {path}"
 
 
 def _about(path: Path, place: str, problem: str) -> str:

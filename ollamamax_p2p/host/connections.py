@@ -1,11 +1,11 @@
-"""Connections: which peers are proven members, and keeping in touch with them.
+"""Connections: which peers are members, and keeping in touch with them.
 
 The host makes connections; this decides what they are worth. Whoever connects is a stranger for
-whom only the join protocol answers, and not for long. On a join stream the dialler shows its
-credential (or redeems a ticket), the answerer checks it and shows its own; then both admit each
-other and the stream goes on as the heartbeat. A peer with at least one such stream is **linked**;
-when its last one ends or it falls silent it is lost, disconnected, and dialled again if somebody
-asked to `keep` it.
+whom only the join protocol answers, and not for long. On a join stream the dialler says hello (or
+redeems a ticket) and the answerer asks the member gate about the peer id, which the transport has
+proved; the dialler does the same; then both admit each other and the stream goes on as the
+heartbeat. A peer with at least one such stream is **linked**; when its last one ends or it falls
+silent it is lost, disconnected, and dialled again if somebody asked to `keep` it.
 
 Two peers may dial each other at once and hold two join streams: either is as good, and one may end.
 
@@ -20,7 +20,6 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeVar
 
 import trio
@@ -71,7 +70,6 @@ from ollamamax_p2p.host.peer_host import ByteStream, Connection, PeerHost
 from ollamamax_p2p.host.settings import HostSettings
 from ollamamax_p2p.identity import (
     Address,
-    Grant,
     Membership,
     PeerId,
     Ticket,
@@ -136,12 +134,10 @@ class PeerStatus:
 class Redeemed:
     """What a ticket gave."""
 
-    grant: Grant
     issuer: PeerId
     peers: tuple[Address, ...]
-    """Members to reach once the grant is saved, the issuer first."""
-    admission: Admission | None = None
-    """None where members are not agreed on."""
+    """Members to reach once the admission is saved, the issuer first."""
+    admission: Admission
 
 
 @asynccontextmanager
@@ -163,7 +159,7 @@ async def open_connections(
     agent: what we tell peers that we run; cut at 128 characters.
     wall_clock: Unix seconds, for tickets and events.
     on_addresses: called with members' addresses that a member told; may repeat itself.
-    gate: who is a member; None where that is whoever holds the swarm's secrets.
+    gate: who is a member, and who honours tickets; None lets in whoever knows the swarm.
 
     The end of the block says goodbye and leaves the connections to the host.
     """
@@ -197,18 +193,24 @@ AnyTalk = MessageStream[FromDialler, FromAnswerer] | MessageStream[FromAnswerer,
 
 
 @dataclass(slots=True, eq=False)
+class _Pulse:
+    """Of one join stream."""
+
+    heard_at: float
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+@dataclass(slots=True, eq=False)
 class _Link:
-    """A proven peer: its join streams and its pulse."""
+    """A proven peer and its join streams."""
 
     peer: PeerId
     agent: str
     address: str
     inbound: bool
     since: float
-    heard_at: float
     rtt_s: float | None = None
-    talks: dict[AnyTalk, trio.CancelScope] = field(default_factory=dict)
-    """In order; the first carries our heartbeats."""
+    talks: dict[AnyTalk, _Pulse] = field(default_factory=dict)
     asked: dict[int, float] = field(default_factory=dict)
     """When each Ping that is not answered was sent."""
     over: trio.Event = field(default_factory=trio.Event)
@@ -268,7 +270,6 @@ class Connections:
             weakref.WeakValueDictionary()
         )
         self._parting: dict[PeerId, list[trio.Event]] = {}
-        self._disk = trio.CapacityLimiter(1)
         self._nonce = 0
         self._closed = False
 
@@ -328,9 +329,9 @@ class Connections:
             kept.scope.cancel()
         self._book.forget(peer)
 
-    async def redeem(self, ticket: Ticket) -> Redeemed:
-        """Become a member by a ticket. Save the grant (`Membership.join`), then `adopt` it and
-        `reach` the peers; the same ticket works again for this node if that fails.
+    async def redeem(self, ticket: Ticket, *, name: str = "") -> Redeemed:
+        """Become a member by a ticket. Save the admission and `Membership.join`, then `adopt` that
+        and `reach` the peers; the same ticket works again for this node if that fails.
 
         Raises TicketExpired, TicketUsedUp, TicketUnknown, or a NetworkTrouble when no issuer can be
         asked.
@@ -338,7 +339,7 @@ class Connections:
         trouble: NetworkTrouble = PeerUnreachable("the issuer", "the ticket has no address")
         for peer, addresses in _by_peer(ticket.addresses).items():
             try:
-                return await self._redeem_with(peer, addresses, ticket)
+                return await self._redeem_with(peer, addresses, ticket, name)
             except NetworkTrouble as error:
                 trouble = error
         raise trouble
@@ -352,7 +353,7 @@ class Connections:
         async with self._alone_with(peer):
             await self._connect(addresses)
             async with self._dialled_talk(peer) as talk:
-                hello = Hello(swarm_id=b"", credential=b"", agent=self._agent, addresses=[])
+                hello = Hello(swarm_id=b"", agent=self._agent, addresses=[])
                 welcome = await self._ask(talk, hello, Welcome)
                 self._learn(peer, welcome.addresses, welcome.peers)
                 return welcome.swarm_id
@@ -475,22 +476,25 @@ class Connections:
             _log.info("%s", error)
 
     async def _prove(self, peer: PeerId) -> None:
-        """Show the peer that we are a member, have it show the same, and be linked with it."""
+        """Have the peer take us for a member, see that it is one, and be linked with it."""
         membership = self._membership
         if membership is None:
             raise NotAdmitted(peer, "this node is in no swarm")
+        if not self._lets_in(peer):
+            # Before it is told which swarm we are in, and where.
+            self._part(peer)
+            raise PeerUnreachable(peer, "who answers there is no member of this swarm")
         linked = False
         talk = await self._open_talk(peer)
         try:
             welcome = await self._ask(talk, self._hello(membership), Welcome)
-            proved = _is_member(membership, peer, welcome.swarm_id, welcome.credential)
-            if not proved or not self._lets_in(peer):
+            if welcome.swarm_id != membership.swarm_id:
                 await talk.send(Refused(reason=NOT_A_MEMBER))
                 raise PeerUnreachable(peer, "who answers there is no member of this swarm")
             self._host.admit(peer)
             link = self._linked(peer, welcome.agent)
-            scope = link.talks[talk] = trio.CancelScope()
-            self._nursery.start_soon(self._hold, link, talk, scope)
+            pulse = link.talks[talk] = _Pulse(trio.current_time())
+            self._nursery.start_soon(self._hold, link, talk, pulse)
             linked = True
             # Only now may the answerer open streams: it waits for this Ping before it counts us in.
             await self._ping(link, talk)
@@ -500,20 +504,16 @@ class Connections:
                 self._give_up(talk)
 
     async def _redeem_with(
-        self, peer: PeerId, addresses: Sequence[Address], ticket: Ticket
+        self, peer: PeerId, addresses: Sequence[Address], ticket: Ticket, name: str
     ) -> Redeemed:
         async with self._alone_with(peer):
             await self._connect(addresses)
             async with self._dialled_talk(peer) as talk:
-                request = Redeem(swarm_id=ticket.swarm_id, secret=ticket.secret)
+                request = Redeem(swarm_id=ticket.swarm_id, secret=ticket.secret, name=name)
                 granted = await self._ask(talk, request, Granted)
                 told = _parsed(granted.peers, besides=self._host.peer_id)
-                return Redeemed(
-                    Grant(granted.swarm_id, granted.member_key),
-                    peer,
-                    tuple(dict.fromkeys([*addresses, *told])),
-                    _admission(peer, granted),
-                )
+                every = tuple(dict.fromkeys([*addresses, *told]))
+                return Redeemed(peer, every, _admission(peer, granted))
 
     @asynccontextmanager
     async def _dialled_talk(
@@ -555,10 +555,7 @@ class Connections:
 
     def _hello(self, membership: Membership) -> Hello:
         return Hello(
-            swarm_id=membership.swarm_id,
-            credential=membership.credential(self._host.peer_id),
-            agent=self._agent,
-            addresses=self._own_addresses(),
+            swarm_id=membership.swarm_id, agent=self._agent, addresses=self._own_addresses()
         )
 
     def _give_up(self, talk: AnyTalk) -> None:
@@ -628,7 +625,6 @@ class Connections:
         await talk.send(
             Welcome(
                 swarm_id=membership.swarm_id,
-                credential=membership.credential(self._host.peer_id),
                 agent=self._agent,
                 addresses=self._own_addresses(),
                 peers=self._addresses_to_tell(peer),
@@ -645,8 +641,8 @@ class Connections:
         await talk.send(Pong(nonce=ready.nonce))
         self._learn(peer, hello.addresses, [])
         link = self._linked(peer, hello.agent)
-        scope = link.talks[talk] = trio.CancelScope()
-        await self._hold(link, talk, scope)
+        pulse = link.talks[talk] = _Pulse(trio.current_time())
+        await self._hold(link, talk, pulse)
 
     def _reason_to_refuse(self, peer: PeerId, hello: Hello) -> str:
         """Empty if the peer is welcome."""
@@ -655,7 +651,7 @@ class Connections:
             return NOT_A_MEMBER
         if hello.swarm_id and hello.swarm_id != membership.swarm_id:
             return OTHER_SWARM
-        if not membership.is_open and not membership.is_credential(peer, hello.credential):
+        if not membership.is_open and not hello.swarm_id:
             return NOT_A_MEMBER
         if not self._lets_in(peer):
             return NOT_A_MEMBER
@@ -664,11 +660,17 @@ class Connections:
         return ""
 
     def _lets_in(self, peer: PeerId) -> bool:
-        return self._gate is None or self._gate.is_member(peer)
+        if self._gate is None or (self._membership is not None and self._membership.is_open):
+            return True
+        return self._gate.is_member(peer)
 
     def expel(self, peer: PeerId) -> None:
-        """Let the peer in no more, and end its link now. The gate says no to it from here on."""
+        """Let the peer in no more, and end its link now: the gate says no to it from here on. In an
+        open swarm it stays, as anybody may.
+        """
         self.forget(peer)
+        if self._membership is not None and self._membership.is_open:
+            return
         self._host.expel(peer)
         link = self._links.get(peer)
         if link is not None:
@@ -692,13 +694,9 @@ class Connections:
     async def _redemption(self, peer: PeerId, request: Redeem) -> Granted | Refused:
         membership = self._membership
         try:
-            if membership is None or request.swarm_id != membership.swarm_id:
+            if self._gate is None or membership is None or request.swarm_id != membership.swarm_id:
                 raise TicketUnknown
-            if self._gate is not None:
-                return self._granted(
-                    membership, peer, await self._gate.redeem(request.secret, peer)
-                )
-            await self._redeem_on_disk(membership, request.secret, peer)
+            admission = await self._gate.redeem(request.secret, peer, request.name)
         except BadTicket as error:
             now = trio.current_time()
             if not self._refusals.room_for(peer, now=now):
@@ -713,26 +711,13 @@ class Connections:
         except NetworkTrouble as error:
             _log.warning("cannot admit peer %s now: %s", peer, error)
             return Refused(reason=NO_QUORUM)
-        return self._granted(membership, peer, None)
-
-    def _granted(
-        self, membership: Membership, peer: PeerId, admission: Admission | None
-    ) -> Granted:
-        grant = membership.grant()
         return Granted(
-            swarm_id=grant.swarm_id,
-            member_key=grant.member_key,
+            swarm_id=membership.swarm_id,
             peers=self._addresses_to_tell(peer),
-            raft_id=admission.raft_id if admission else 0,
-            roster=tuple(admission.roster) if admission else (),
+            raft_id=admission.raft_id,
+            roster=tuple(admission.roster),
+            votes=admission.votes,
         )
-
-    async def _redeem_on_disk(self, membership: Membership, secret: bytes, peer: PeerId) -> Grant:
-        redeem = partial(membership.redeem, secret, peer, now=self._wall_clock())
-        if membership.in_memory:
-            # A virtual clock would run on while a thread works.
-            return redeem()
-        return await trio.to_thread.run_sync(redeem, limiter=self._disk)
 
     async def _refuse(
         self, talk: MessageStream[FromAnswerer, FromDialler], refused: Refused
@@ -759,32 +744,39 @@ class Connections:
         if link is not None:
             return link
         connection = self._connection(peer)
-        now = trio.current_time()
         link = self._links[peer] = _Link(
             peer,
             _printable(agent),
             connection.address if connection else "",
             connection.inbound if connection else False,
-            now,
-            now,
+            trio.current_time(),
         )
         self._no_stranger(peer)
-        self._nursery.start_soon(self._tend, link)
         _log.info("linked with peer %s at %s", peer, link.address)
         self._report("peer.connected", peer, address=link.address, inbound=link.inbound)
         return link
 
-    async def _hold(self, link: _Link, talk: AnyTalk, scope: trio.CancelScope) -> None:
-        """Read one join stream until it ends."""
+    async def _hold(self, link: _Link, talk: AnyTalk, pulse: _Pulse) -> None:
+        """Read one join stream until it ends, with heartbeats of its own.
+
+        Each has its own, because each may run on a connection of its own. If one end of a
+        connection is gone (its machine has moved to another network) and has dialled anew, the new
+        connection is well, and whatever streams stayed on the old one are lost without a sign.
+        """
         problem = "the connection ended"
         try:
-            with scope:
-                problem = await self._listen(link, talk)
-        except PeerGone as error:
-            problem = str(error)
-        except PeerMisbehaved as error:
-            _log.warning("%s", error)
-            self._end(link, str(error))
+            with pulse.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._beat, link, talk)
+                    nursery.start_soon(self._notice_silence, link, pulse)
+                    try:
+                        problem = await self._listen(link, talk, pulse)
+                    except PeerGone as error:
+                        problem = str(error)
+                    except PeerMisbehaved as error:
+                        _log.warning("%s", error)
+                        self._end(link, str(error))
+                    nursery.cancel_scope.cancel()
         finally:
             del link.talks[talk]
             if not link.talks:
@@ -792,17 +784,17 @@ class Connections:
             with _shielded(_LAST_WORDS_S):
                 await talk.aclose()
 
-    async def _listen(self, link: _Link, talk: AnyTalk) -> str:
+    async def _listen(self, link: _Link, talk: AnyTalk, pulse: _Pulse) -> str:
         """Heartbeats until the peer ends the stream in good order; says why it did."""
         while (message := await talk.receive()) is not None:
-            link.heard_at = trio.current_time()
+            pulse.heard_at = trio.current_time()
             match message:
                 case Ping():
                     await talk.send(Pong(nonce=message.nonce))
                 case Pong():
                     sent_at = link.asked.pop(message.nonce, None)
                     if sent_at is not None:
-                        link.rtt_s = link.heard_at - sent_at
+                        link.rtt_s = pulse.heard_at - sent_at
                 case Goodbye():
                     if message.leaving:
                         self.forget(link.peer)
@@ -813,26 +805,17 @@ class Connections:
                     raise MalformedMessage(talk.peer, f"{type(message).__name__} after its proof")
         return "it ended the stream"
 
-    async def _tend(self, link: _Link) -> None:
-        """Heartbeats, for as long as the link lasts."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._beat, link)
-            nursery.start_soon(self._notice_silence, link)
-            await link.over.wait()
-            nursery.cancel_scope.cancel()
-
-    async def _beat(self, link: _Link) -> None:
+    async def _beat(self, link: _Link, talk: AnyTalk) -> None:
         while True:
             await trio.sleep(self._settings.heartbeat_interval_s)
-            talk = next(iter(link.talks), None)
-            if talk is not None:
-                with suppress(PeerGone):  # whoever reads the stream notices too, and acts
-                    await self._ping(link, talk)
+            with suppress(PeerGone):  # whoever reads the stream notices too, and acts
+                await self._ping(link, talk)
 
-    async def _notice_silence(self, link: _Link) -> None:
+    async def _notice_silence(self, link: _Link, pulse: _Pulse) -> None:
         timeout_s = self._settings.heartbeat_timeout_s
-        while trio.current_time() < link.heard_at + timeout_s:  # noqa: ASYNC110 - it is moved
-            await trio.sleep_until(link.heard_at + timeout_s)
+        while trio.current_time() < pulse.heard_at + timeout_s:  # noqa: ASYNC110 - it is moved
+            await trio.sleep_until(pulse.heard_at + timeout_s)
+        # With all its connections: which of them this stream is on, nobody here knows.
         self._end(link, f"silent for {timeout_s:g} s")
 
     async def _ping(self, link: _Link, talk: AnyTalk) -> None:
@@ -849,8 +832,8 @@ class Connections:
         if self._links.get(link.peer) is not link:
             return
         del self._links[link.peer]
-        for scope in link.talks.values():
-            scope.cancel()
+        for pulse in link.talks.values():
+            pulse.scope.cancel()
         link.over.set()
         _log.info("lost peer %s: %s", link.peer, problem)
         self._report("peer.lost", link.peer, problem=problem)
@@ -1008,19 +991,12 @@ def backoff_s(failures: int, settings: HostSettings, rng: random.Random) -> floa
     return longest * rng.uniform(0.5, 1.0)
 
 
-def _is_member(membership: Membership, peer: PeerId, swarm_id: bytes, credential: bytes) -> bool:
-    same = swarm_id == membership.swarm_id
-    return same and (membership.is_open or membership.is_credential(peer, credential))
-
-
-def _admission(issuer: PeerId, granted: Granted) -> Admission | None:
-    if not granted.raft_id:
-        return None
+def _admission(issuer: PeerId, granted: Granted) -> Admission:
     try:
         roster = tuple((parse_peer_id(text), number) for text, number in granted.roster)
     except BadPeerId:
         raise MalformedMessage(issuer, "its roster names what is no peer id") from None
-    return Admission(granted.raft_id, roster)
+    return Admission(granted.raft_id, roster, granted.votes)
 
 
 async def _dismiss(link: _Link, goodbye: Goodbye) -> None:

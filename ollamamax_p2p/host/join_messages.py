@@ -34,7 +34,6 @@ AddressText = Annotated[str, Meta(max_length=512)]
 OwnAddresses = Annotated[list[AddressText], Meta(max_length=OWN_ADDRESSES_MAX)]
 ToldAddresses = Annotated[list[AddressText], Meta(max_length=TOLD_ADDRESSES_MAX)]
 Agent = Annotated[str, Meta(max_length=AGENT_CHARS_MAX)]
-Credential = Annotated[bytes, Meta(max_length=32)]
 SwarmId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Nonce = Annotated[int, Meta(ge=0, lt=2**53)]
 
@@ -43,51 +42,48 @@ RosterLine = tuple[
 ]
 
 
-class _Secretive:
-    """Messages that carry a secret are shown by their name only: they must not reach a log."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(…)"
-
-
-class Hello(_Secretive, Message, tag="hello", frozen=True):
-    """Dialler: I am a member, here is the proof; who are you?"""
+class Hello(Message, tag="hello", frozen=True):
+    """Dialler: I am a member of this swarm; are you?"""
 
     swarm_id: Annotated[bytes, Meta(max_length=16)]
     """Empty: whichever open swarm you are in."""
-    credential: Credential
-    """Empty: none, which an open swarm takes."""
     agent: Agent
     addresses: OwnAddresses
 
 
-class Redeem(_Secretive, Message, tag="redeem", frozen=True):
+class Redeem(Message, tag="redeem", frozen=True):
     """Dialler: I have a ticket of yours."""
 
     swarm_id: SwarmId
     secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    name: Annotated[str, Meta(max_length=64)] = ""
+    """What the newcomer calls itself."""
+
+    def __repr__(self) -> str:
+        """Without the secret, which must not reach a log."""
+        return f"Redeem(swarm_id={self.swarm_id.hex()}, secret=…)"
 
 
-class Welcome(_Secretive, Message, tag="welcome", frozen=True):
+class Welcome(Message, tag="welcome", frozen=True):
     """Answerer, to Hello: you are, and so am I; here are others."""
 
     swarm_id: SwarmId
-    credential: Credential
     agent: Agent
     addresses: OwnAddresses
     peers: ToldAddresses
 
 
-class Granted(_Secretive, Message, tag="granted", frozen=True):
-    """Answerer, to Redeem: be a member; say Hello on a new stream once this is saved."""
+class Granted(Message, tag="granted", frozen=True):
+    """Answerer, to Redeem: you are a member; say Hello on a new stream once this is saved."""
 
     swarm_id: SwarmId
-    member_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
     peers: ToldAddresses
-    raft_id: Annotated[int, Meta(ge=0, le=2**62)] = 0
-    """The newcomer's; 0 where members are not agreed on."""
-    roster: Annotated[tuple[RosterLine, ...], Meta(max_length=ROSTER_MAX)] = ()
+    raft_id: Annotated[int, Meta(ge=1, le=2**62)]
+    """The newcomer's own."""
+    roster: Annotated[tuple[RosterLine, ...], Meta(max_length=ROSTER_MAX)]
     """Members and their Raft ids."""
+    votes: bool = False
+    """The newcomer is one of the voters: it has been here before."""
 
 
 class Refused(Message, tag="refused", frozen=True):

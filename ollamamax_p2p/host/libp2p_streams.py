@@ -19,7 +19,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.stream_muxer.yamux.yamux import YamuxStream
 
 from ollamamax_p2p.errors import PeerGone
-from ollamamax_p2p.host.libp2p_muxer import BoundedYamux, had_ended, take_unread
+from ollamamax_p2p.host.libp2p_muxer import BoundedYamux, had_ended, take_last_unread
 from ollamamax_p2p.identity import PeerId
 
 WINDOW_PAUSE_S_MIN = 0.001
@@ -66,21 +66,20 @@ class Libp2pStream:
             rest = memoryview(data)
             self._check_sending()
             while rest:
-                window = await self._window()
-                await self._net.write(bytes(rest[:window]))
-                rest = rest[window:]
+                await self._wait_for_window()
+                rest = rest[await self._conn.send_data(self._muxed, rest) :]
         except _FAILURES as error:
             raise PeerGone(self.peer, self._why(error)) from error
         finally:
             self._sending = False
 
-    async def _window(self) -> int:
-        """Wait until the other side takes something; how many bytes it takes."""
+    async def _wait_for_window(self) -> None:
+        """Until the other side takes something."""
         pause = WINDOW_PAUSE_S_MIN
         while True:
             self._check_sending()
             if self._muxed.send_window > 0:
-                return self._muxed.send_window
+                return
             await trio.sleep(pause)
             pause = min(2 * pause, WINDOW_PAUSE_S_MAX)
 
@@ -98,12 +97,14 @@ class Libp2pStream:
             raise trio.BusyResourceError(f"{self.protocol}: two tasks receive at once")
         self._receiving = True
         try:
-            await trio.lowlevel.checkpoint()
-            while True:
-                data = await self._take()
-                if data is not None:
-                    return data
+            # A checkpoint either way, and one only: it is a turn of the scheduler.
+            if self._has_news:
+                await trio.lowlevel.checkpoint()
+            else:
                 await self._arrival()
+            while (data := await self._take()) is None:
+                await self._arrival()
+            return data
         except _FAILURES as error:
             raise PeerGone(self.peer, self._why(error)) from error
         finally:
@@ -116,9 +117,7 @@ class Libp2pStream:
         if self._conn.is_ending:
             return self._take_last()
         if self._unread:
-            # Never waits: there is something, and window updates are queued, not written.
-            with trio.CancelScope(shield=True):
-                return await self._net.read()
+            return await self._conn.take_unread(self._muxed)
         if self._muxed.recv_closed:
             return b""
         if self._muxed.closed or self._muxed.stream_id not in self._conn.streams:
@@ -131,7 +130,7 @@ class Libp2pStream:
             data = bytes(buffer)
             buffer.clear()
             return data
-        if data := take_unread(self._muxed):
+        if data := take_last_unread(self._muxed):
             return data
         if had_ended(self._muxed):
             return b""
@@ -178,6 +177,12 @@ class Libp2pStream:
                 await self._arrival()
         if not self._other_side_ended or self._unread:
             await self._net.reset()
+
+    @property
+    def _has_news(self) -> bool:
+        """Whether `_take` has something to say."""
+        ended = self._closed_here or self._other_side_ended
+        return ended or self._unread or self._muxed.stream_id not in self._conn.streams
 
     @property
     def _unread(self) -> bool:

@@ -20,6 +20,8 @@ class Admission:
     """Its own."""
     roster: tuple[tuple[PeerId, int], ...]
     """Members and their Raft ids, at most ROSTER_MAX; the rest it learns from the state."""
+    votes: bool = False
+    """It is a voter already, and must have kept its log."""
 
 
 class MemberGate(Protocol):
@@ -28,8 +30,9 @@ class MemberGate(Protocol):
     def is_member(self, peer: PeerId) -> bool:
         """Whether the peer may be let in now. Asked often; never waits."""
 
-    async def redeem(self, secret: bytes, peer: PeerId) -> Admission:
-        """Make the peer a member by a ticket's secret, once that is agreed.
+    async def redeem(self, secret: bytes, peer: PeerId, name: str) -> Admission:
+        """Make the peer a member by a ticket's secret, once that is agreed. name: what it calls
+        itself, as it came.
 
         Raises TicketUnknown, TicketExpired, TicketUsedUp, or NetworkTrouble if nothing can be
         agreed on now.

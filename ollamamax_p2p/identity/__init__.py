@@ -7,13 +7,12 @@ Start at `membership`: what a swarm is made of and how one becomes a member.
 from ollamamax_p2p.identity.core.addresses import Address, parse_address, parse_transport
 from ollamamax_p2p.identity.core.peer_id import PeerId, parse_peer_id, peer_id_of, public_key_of
 from ollamamax_p2p.identity.keys import NodeKey, key_from_seed, load_or_create_key
-from ollamamax_p2p.identity.membership import Grant, Membership, iso_time
+from ollamamax_p2p.identity.membership import Membership, iso_time
 from ollamamax_p2p.identity.secret_files import read_secret, remove_secret, write_secret
 from ollamamax_p2p.identity.tickets import Ticket, format_ticket, parse_ticket
 
 __all__ = [
     "Address",
-    "Grant",
     "Membership",
     "NodeKey",
     "PeerId",

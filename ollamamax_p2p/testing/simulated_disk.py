@@ -181,6 +181,13 @@ class SimulatedDisk:
         self._changes.clear()
         self.crash_at = self.fail_sync_at = self.fail_write_at = None
 
+    @property
+    def has_unsynced(self) -> bool:
+        """Whether a crash could take anything away that was done."""
+        return bool(self._changes) or any(
+            file.unsynced or file.size != file.durable_size for file in self._files.values()
+        )
+
     def copy(self) -> "SimulatedDisk":
         """Another disk in the same state, to crash differently."""
         return copy.deepcopy(self)

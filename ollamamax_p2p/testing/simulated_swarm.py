@@ -50,6 +50,7 @@ from ollamamax_p2p.host import (
 )
 from ollamamax_p2p.identity import Address, Membership
 from ollamamax_p2p.observability import Event, EventFeed
+from ollamamax_p2p.testing.agreed_members import AgreedMembers
 from ollamamax_p2p.testing.faults import Fault, FaultKind, FaultSchedule, Lie
 from ollamamax_p2p.testing.invariants import Invariants, PullRecord
 from ollamamax_p2p.testing.lying_source import LyingSource
@@ -299,6 +300,7 @@ class SimulatedSwarm:
         """How many things have gone wrong so far, counted by whom they happened to."""
         self._origin = origin
         self._membership = Membership.create(None, token_bytes=rng.randbytes)
+        self._members = AgreedMembers(self.wall_clock)
         self._models = 0
 
     # -- building it
@@ -315,6 +317,8 @@ class SimulatedSwarm:
             )
             for n in range(count)
         ]
+        for host in hosts:
+            self._members.add(host.peer_id)
         known = [*(node.host for node in self.nodes), *hosts]
         added = []
         for host in hosts:
@@ -461,6 +465,7 @@ class SimulatedSwarm:
                 agent=f"simulated {node.name}",
                 wall_clock=self.wall_clock,
                 on_addresses=on_addresses,
+                gate=self._members,
             ) as connections,
             open_discovery(
                 node.host,

@@ -39,8 +39,11 @@ from ollamamax_p2p.errors import (
     PeerMisbehaved,
     WrongChunk,
     WrongMap,
+    code,
+    restored,
 )
 from ollamamax_p2p.identity import PeerId
+from ollamamax_p2p.transfer.agreements import AgreedMaps
 from ollamamax_p2p.transfer.ban_list import BanList
 from ollamamax_p2p.transfer.carrier import ChunkCarrier
 from ollamamax_p2p.transfer.core.download import (
@@ -122,6 +125,8 @@ class FetchServices:
     origin_connections: int
     hashing: trio.CapacityLimiter
     rng: random.Random
+    agreed_maps: AgreedMaps | None = None
+    """None where nothing is agreed on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +180,8 @@ class BlobFetch:
         self._settings = services.settings
         self._offer = offer
         self._votes = MapVotes(services.rng)
+        if services.agreed_maps is not None:
+            self._votes.agreed = services.agreed_maps.chunk_map_of(digest)
         self._other_sizes: dict[PeerId, int] = {}
         self._suspects: dict[Digest, tuple[ChunkMap, int]] = {}
         self._failures: dict[PeerId, int] = {}
@@ -237,9 +244,15 @@ class BlobFetch:
             except DigestMismatch as error:
                 self._blame(partial, error)
             else:
+                self._tell_map(partial.map_digest)
                 return
             finally:
                 self.tally.verifying = False
+
+    def _tell_map(self, map_digest: Digest | None) -> None:
+        """The whole blob is right, so the map by which it came is."""
+        if self._services.agreed_maps is not None and map_digest is not None:
+            self._services.agreed_maps.tell_chunk_map(self.digest, map_digest, self.size)
 
     def _votes_against(self, partial: PartialBlob) -> bool:
         return partial.map_digest is not None and self._votes.is_rejected(partial.map_digest)
@@ -259,6 +272,9 @@ class BlobFetch:
             raise NoSources(f"blob {short(self.digest)}", problem + self.blamed() + KEPT)
 
     def _reject(self, map_digest: Digest) -> None:
+        if self._services.agreed_maps is not None and map_digest == self._votes.agreed:
+            _log.warning("the chunk map of %s that was agreed on is wrong", self.digest)
+            self._services.agreed_maps.tell_wrong_chunk_map(self.digest, map_digest)
         for peer in self._votes.reject(map_digest):
             self.ban(
                 PeerId(peer),
@@ -587,7 +603,12 @@ class _Fill:
             await self._adopt(None)
 
     async def _hear_all(self) -> None:
-        """Wait a little for the others' first words, that one voice may not decide."""
+        """Wait a little for the others' first words, that one voice may not decide; unless it says
+        what was agreed.
+        """
+        agreed = self._votes.agreed
+        if agreed is not None and self._map_to_try() == agreed:
+            return
         with trio.move_on_after(MAP_CHOICE_S):
             while not self._found_once or self._unanswered():
                 self._changed = trio.Event()
@@ -930,7 +951,7 @@ class _Fill:
             self._sourced_at = now
         elif self._origin_error is not None and self._origin_is_left_alone():
             if not self._fetch.believe_maps_again():
-                self._end(self._origin_error)
+                self._end(self._with_blame(self._origin_error))
             self._changed.set()
         alone_s, hungry_s = now - self._sourced_at, now - self._fed_at
         limit_s = self._settings.give_up_after_s
@@ -942,12 +963,21 @@ class _Fill:
         problem += self._fetch.blamed() + KEPT
         self._end(NoSources(f"blob {short(self._digest)}", problem))
 
+    def _with_blame(self, error: OmxError) -> OmxError:
+        """An origin's error, and that the peers did not have it either: who reads only that a
+        registry cannot be reached looks for the fault in the wrong place.
+        """
+        told = f"{error}; no peer could give the rest{self._fetch.blamed()}{KEPT}"
+        return restored(code(error), told)
+
     def _can_go_on(self) -> bool:
+        # A holder may be building its map: the first time, for a large blob, that takes minutes. An
+        # origin that fails meanwhile, as it does where there is no internet, is not the last word.
+        if any(not session.answered for session in self._sessions.values()):
+            return True
         if self._download is not None:
             return self._download.can_go_on() or self._votes.best(self._other_maps()) is not None
-        # A holder may be building its map: the first time, for a large blob, that takes minutes.
-        unanswered = any(not session.answered for session in self._sessions.values())
-        return unanswered or self._votes.best() is not None
+        return self._votes.best() is not None
 
 
 def _matches(chunk_map: ChunkMap, chunk: int, parts: list[bytes]) -> bool:

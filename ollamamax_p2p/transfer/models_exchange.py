@@ -1,5 +1,6 @@
 """Ask members what a model's name means to them, and answer them (`/omx/models/1`)."""
 
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -61,6 +62,8 @@ class HeldManifest(Message, tag="held_manifest", frozen=True):
     modified_at: Annotated[float, Meta(ge=0, le=_DATE_MAX)]
     """Unix seconds at which the answerer stored it, by its own clock."""
 
+
+_log = logging.getLogger(__name__)
 
 _questions: Codec[AskManifest] = Codec(AskManifest, max_bytes=2_048)
 _answers: Codec[HeldManifest] = Codec(HeldManifest, max_bytes=MANIFEST_BYTES_MAX + 1_024)
@@ -181,8 +184,9 @@ class ModelsExchange:
         except PeerMisbehaved as error:
             self._on_misbehaviour(peer, type(error)(peer, error.problem))
             replies[peer] = None
-        except NetworkTrouble:
-            return  # it cannot be asked: the others can
+        except NetworkTrouble as error:
+            _log.info("not asked about %s: %s", name, error)
+            return  # the others can be
         except OmxError:
             replies[peer] = None
         else:

@@ -23,7 +23,7 @@ from ollamamax_p2p.errors import (
     StoreFull,
     StoreReadOnly,
 )
-from ollamamax_p2p.transfer.agreed_names import AgreedNames
+from ollamamax_p2p.transfer.agreements import AgreedNames
 from ollamamax_p2p.transfer.fetch import FetchTally, OriginOffer
 from ollamamax_p2p.transfer.models_exchange import ModelsExchange
 from ollamamax_p2p.transfer.origin import Origin

@@ -19,7 +19,7 @@ from ollamamax_p2p.errors import LocalTrouble, ModelNotFound, StoreDamaged, code
 from ollamamax_p2p.host import PeerHost
 from ollamamax_p2p.identity import PeerId
 from ollamamax_p2p.observability import Event, EventFeed
-from ollamamax_p2p.transfer.agreed_names import AgreedNames
+from ollamamax_p2p.transfer.agreements import AgreedMaps, AgreedNames
 from ollamamax_p2p.transfer.ban_list import BanList
 from ollamamax_p2p.transfer.chunk_streams import StreamCarrier, serve_streams
 from ollamamax_p2p.transfer.fetch import BlobFetch, FetchServices, FetchTally, OriginOffer
@@ -50,7 +50,7 @@ class Transfer:
         feed: EventFeed,
         wall_clock: Callable[[], float],
         nursery: trio.Nursery,
-        agreed: AgreedNames | None = None,
+        agreed_names: AgreedNames | None = None,
     ) -> None:
         self.bans = services.bans
         """Peers found lying."""
@@ -60,7 +60,7 @@ class Transfer:
         self._origin = origin
         self._feed = feed
         self._wall_clock = wall_clock
-        self._agreed = agreed
+        self._agreed_names = agreed_names
         self._fetches: dict[Digest, BlobFetch] = {}
         self._pulls: dict[str, Pull] = {}
         self._fetching: SharedWork[Digest, FetchTally] = SharedWork(nursery)
@@ -134,7 +134,7 @@ class Transfer:
                 put_manifest=self.put_manifest,
                 from_origin=from_origin,
                 insecure=insecure,
-                agreed=self._agreed,
+                agreed=self._agreed_names,
             )
         if on_progress is not None:
             pull.add_listener(on_progress)
@@ -212,14 +212,16 @@ async def open_transfer(
     feed: EventFeed,
     wall_clock: Callable[[], float],
     origin_settings: OriginSettings | None = None,
-    agreed: AgreedNames | None = None,
+    agreed_names: AgreedNames | None = None,
+    agreed_maps: AgreedMaps | None = None,
 ) -> AsyncIterator[Transfer]:
     """Serve this node's blobs and fetch others', for as long as the block is open.
 
     origin: None if no registry is to be asked.
     connected_peers: the members connected now.
     wall_clock: Unix seconds, for events.
-    agreed: what names mean; None where nothing is agreed on, then most members decide.
+    agreed_names: what names mean; None where nothing is agreed on, then most members decide.
+    agreed_maps: how blobs are cut; None where nothing is agreed on, then most holders decide.
     """
     bans = BanList(feed, wall_clock)
     unfinished = UnfinishedBlobs()
@@ -242,9 +244,10 @@ async def open_transfer(
             origin_connections=(origin_settings or OriginSettings()).connections,
             hashing=trio.CapacityLimiter(HASHING_THREADS),
             rng=rng,
+            agreed_maps=agreed_maps,
         )
         serve_streams(host, server.serve)
         names = [model_key(model.name) for model in await store.models()]
         await providers.announce([*await store.blobs(), *names])
-        yield Transfer(services, server, exchange, origin, feed, wall_clock, nursery, agreed)
+        yield Transfer(services, server, exchange, origin, feed, wall_clock, nursery, agreed_names)
         nursery.cancel_scope.cancel()

@@ -1,4 +1,6 @@
-"""A ServedNode in RAM: models are a dictionary, a pull does what its script says."""
+"""A ServedNode in RAM: models are a dictionary, a pull does what its script says, the cluster is a
+list of members that are at once what they shall be.
+"""
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,13 +18,21 @@ from ollamamax_p2p.api import (
     PeerInfo,
     StoreStatus,
 )
+from ollamamax_p2p.cluster import ClusterMember, ClusterStatus, RoleWish
 from ollamamax_p2p.content.core.model_name import parse_model_name
-from ollamamax_p2p.errors import BadModelFile, ModelNotFound, TicketMistyped
+from ollamamax_p2p.errors import (
+    BadInput,
+    BadModelFile,
+    ModelNotFound,
+    PeerNotFound,
+    TicketMistyped,
+)
 from ollamamax_p2p.observability import EventFeed
 from ollamamax_p2p.transfer import PullProgress, PullReport, SourceShare
 
 PEER = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
 OTHER_PEER = "12D3KooWQYV9dGMFoRzNStwpXztXaBUjtPqi6aU76ZgUriHhKust"
+THIRD_PEER = "12D3KooWBfMxHK4Uso1BxznNgR7DgwqeBiBw4YrsymQJ5JhLU2fT"
 WRITTEN = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
 Tell = Callable[[PullProgress], None]
@@ -47,6 +57,54 @@ async def at_once(name: str, tell: Tell) -> None:
     tell(progress(100))
 
 
+def member(peer: str, name: str, raft_id: int, **changes) -> ClusterMember:
+    facts = {
+        "peer_id": peer,
+        "name": name,
+        "region": "",
+        "role": "voter",
+        "wish": "auto",
+        "may_vote": True,
+        "raft_id": raft_id,
+        "lag": 0,
+        "state": "replicate",
+        "last_contact_s": 0.1,
+    }
+    return ClusterMember(**(facts | changes))
+
+
+THREE_MEMBERS = (
+    member(PEER, "ram", 1, role="leader", state="", last_contact_s=0.0),
+    member(OTHER_PEER, "bob", 2, region="attic", lag=3),
+    member(THIRD_PEER, "carol", 3, addresses=(f"/ip4/127.0.0.1/tcp/9/p2p/{THIRD_PEER}",)),
+)
+
+
+def cluster_status(members: tuple[ClusterMember, ...] = THREE_MEMBERS, **changes) -> ClusterStatus:
+    """Of three voters that are well, as the first of them sees it, unless changed."""
+    facts = {
+        "peer_id": PEER,
+        "role": "leader",
+        "leader": PEER,
+        "term": 4,
+        "has_quorum": True,
+        "last_contact_s": 0.05,
+        "committed": 120,
+        "applied": 120,
+        "log_first": 1,
+        "log_last": 120,
+        "snapshot": 0,
+        "state_index": 120,
+        "state_hash": "ab" * 32,
+        "changing": False,
+        "trouble": "",
+        "swarm_key_generation": 1,
+        "tickets": 2,
+        "settings": {"autopilot": True, "voters_max": 5, "stability_s": 10},
+    }
+    return ClusterStatus(**(facts | changes), members=members)
+
+
 @dataclass
 class RamNode:
     script: PullScript = at_once
@@ -55,6 +113,12 @@ class RamNode:
     joined: list[Sequence[str]] = field(default_factory=list)
     pulls_begun: int = 0
     pulls_cancelled: int = 0
+    cluster: ClusterStatus = field(default_factory=cluster_status)
+    obeys: bool = True
+    """False: what a member shall be is agreed on, and never comes true."""
+    note: str = ""
+    """With every model that is made."""
+    leave_outcome: str = "left"
     stop_asked: trio.Event = field(default_factory=trio.Event)
 
     async def status(self) -> NodeStatus:
@@ -74,6 +138,7 @@ class RamNode:
             now="2026-11-22T12:00:00Z",
             peer_count=1,
             store=store,
+            cluster=self.cluster,
         )
 
     async def peers(self) -> tuple[PeerInfo, ...]:
@@ -97,9 +162,10 @@ class RamNode:
             template="{{ .Prompt }}",
         )
 
-    async def copy(self, source: str, destination: str) -> None:
+    async def copy(self, source: str, destination: str) -> ModelInfo:
         name = str(parse_model_name(destination))
-        self.held[name] = replace(self._find(source), name=name)
+        self.held[name] = replace(self._find(source), name=name, note=self.note)
+        return self.held[name]
 
     async def remove(self, name: str) -> None:
         del self.held[self._find(name).name]
@@ -148,8 +214,67 @@ class RamNode:
         self.joined.append(ticket_or_addresses)
         return JoinReport(swarm_id="5a5a5a5a", peers=(OTHER_PEER,))
 
+    async def withdraw_tickets(self) -> int:
+        count, self.cluster = self.cluster.tickets, replace(self.cluster, tickets=0)
+        return count
+
     async def leave(self) -> str:
-        return "left"
+        return self.leave_outcome
+
+    async def cluster_status(self) -> ClusterStatus:
+        return self.cluster
+
+    async def set_role(self, peer: str, role: RoleWish) -> None:
+        found = self._member(peer)
+        changed = replace(found, wish=role)
+        if self.obeys and role != "auto" and found.role != "leader":
+            changed = replace(changed, role=role)
+        self._replace(found, changed)
+
+    async def expel(self, peer: str) -> None:
+        self._replace(self._member(peer))
+
+    async def transfer_leader(self, peer: str) -> None:
+        found = self._member(peer)
+        if found.role not in ("voter", "leader"):
+            raise BadInput(f"{peer} has no vote")
+        self._replace(self._member(self.cluster.leader), replace(THREE_MEMBERS[0], role="voter"))
+        self._replace(found, replace(found, role="leader"))
+        self.cluster = replace(self.cluster, leader=found.peer_id, term=self.cluster.term + 1)
+
+    async def snapshot(self) -> int:
+        self.cluster = replace(self.cluster, snapshot=self.cluster.applied)
+        return self.cluster.applied
+
+    async def rotate_swarm_key(self, *, force: bool) -> tuple[str, ...]:
+        away = tuple(each.name for each in self.cluster.members if each.last_contact_s is None)
+        if away and not force:
+            raise BadInput(f"{len(away)} of the members cannot be reached now")
+        self.cluster = replace(
+            self.cluster, swarm_key_generation=self.cluster.swarm_key_generation + 1
+        )
+        return away
+
+    async def set_clock(self) -> int:
+        self.cluster = replace(self.cluster, tickets=0)
+        return 1_800_000_000
+
+    async def set_cluster_setting(self, key: str, value: str) -> None:
+        if key not in self.cluster.settings:
+            raise BadInput(f"{key}: no such setting of the cluster")
+        settings = self.cluster.settings | {key: int(value)}
+        self.cluster = replace(self.cluster, settings=settings)
+
+    def _member(self, text: str) -> ClusterMember:
+        for each in self.cluster.members:
+            if text in (each.peer_id, each.name):
+                return each
+        raise PeerNotFound(text)
+
+    def _replace(self, old: ClusterMember, *new: ClusterMember) -> None:
+        members = self.cluster.members
+        at = members.index(old)
+        self.cluster = replace(self.cluster, members=(*members[:at], *new, *members[at + 1 :]))
 
     def request_stop(self) -> None:
         self.stop_asked.set()
@@ -160,7 +285,11 @@ class RamNode:
     def _hold(self, name: str, size: int) -> ModelInfo:
         whole = str(parse_model_name(name))
         self.held[whole] = ModelInfo(
-            name=whole, digest="sha256:" + "ab" * 32, size=size, modified_at=WRITTEN
+            name=whole,
+            digest="sha256:" + "ab" * 32,
+            size=size,
+            modified_at=WRITTEN,
+            note=self.note,
         )
         return self.held[whole]
 

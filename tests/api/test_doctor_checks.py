@@ -38,10 +38,11 @@ def verdicts(findings: list[Finding], check: str) -> list[str]:
 async def clock(nursery):
     """A web server whose Date is off by so many seconds."""
 
-    async def serve(offset_s: float) -> str:
+    async def serve(offset_s: float, zone: str = "GMT") -> str:
         async def answer(stream: trio.SocketStream) -> None:
             await stream.receive_some()
             date = format_datetime(datetime.now(UTC) + timedelta(seconds=offset_s), usegmt=True)
+            date = date.replace("GMT", zone)
             await stream.send_all(f"HTTP/1.1 404 Not Found\r\nDate: {date}\r\n\r\n".encode())
             await stream.aclose()
 
@@ -57,6 +58,11 @@ async def test_a_healthy_machine_has_nothing_to_mend(tmp_path, clock):
     assert "fail" not in {finding.verdict for finding in findings}
     assert verdicts(findings, "clock") == ["ok"]
     assert all(finding.mend for finding in findings if finding.verdict in ("warn", "fail"))
+
+
+@pytest.mark.parametrize("zone", ["-0000", "+0000"])
+async def test_a_date_in_another_spelling_of_utc_is_understood(tmp_path, clock, zone):
+    assert verdicts(await examine(tmp_path, await clock(0, zone)), "clock") == ["ok"]
 
 
 @pytest.mark.parametrize("offset_s", [-7200, 7200])
@@ -94,6 +100,16 @@ async def test_folders_that_cannot_be_made_are_told(tmp_path):
     findings = await examine(tmp_path / "file" / "omx")
     assert verdicts(findings, "data folder") == ["fail"]
     assert verdicts(findings, "models") == ["fail"]
+
+
+async def test_folders_that_cannot_be_looked_at_are_told(tmp_path):
+    beyond = tmp_path / ("x" * 300)  # no file system has such names, and stat() says so
+    findings = await examine(beyond / "omx")
+    for check in ("data folder", "models"):
+        [found] = [finding for finding in findings if finding.check == check]
+        assert found.verdict == "fail"
+        assert "cannot be reached: file name too long" in found.text
+        assert found.mend
 
 
 def test_an_old_libp2p_is_told_by_number():

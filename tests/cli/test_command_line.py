@@ -8,6 +8,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from omx_cli import cluster_commands
 from omx_cli.main import app, run
 from tests.cli.running_omx import ROOT, environment
 
@@ -24,8 +25,16 @@ def test_help_lists_every_command():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
     names = "up join invite pull import create list show cp rm peers status stop leave events"
-    for command in [*names.split(" "), "doctor", "version", "config"]:
+    for command in [*names.split(" "), "doctor", "version", "config", "cluster"]:
         assert f"\n  {command} " in result.output
+
+
+@pytest.mark.parametrize("command", [c.name for c in cluster_commands.app.registered_commands])
+def test_every_cluster_command_has_help_and_json(command):
+    result = CliRunner().invoke(app, ["cluster", command, "--help"])
+    assert result.exit_code == 0
+    for flag in ("--json", "--data-dir", "--config"):
+        assert flag in result.output
 
 
 @pytest.mark.parametrize("command", [c.name for c in app.registered_commands])
@@ -34,6 +43,30 @@ def test_every_command_has_help_and_json(command):
     assert result.exit_code == 0
     assert "--json" in result.output
     assert command in ("version", "demo") or "--data-dir" in result.output
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_and_options(shell, tmp_path):
+    def completed(words: str) -> str:
+        # What the script that `omx --install-completion` installs asks, in each shell's own way.
+        asked = {
+            "_OMX_COMPLETE": f"complete_{shell}",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+            "_TYPER_COMPLETE_ARGS": words,
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        }
+        return subprocess.run(
+            [sys.executable, "-m", "omx_cli"],
+            capture_output=True,
+            text=True,
+            env=environment(tmp_path) | asked,
+        ).stdout
+
+    assert "pull" in completed("omx pu")
+    assert "--from-origin" in completed("omx pull --from")
+    assert "check" in completed("omx config ch")
+    assert "pull" not in completed("omx zz")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +82,11 @@ def test_every_command_has_help_and_json(command):
         (["invite", "--expires", "367d"], "--expires: '367d' is not between 1s and 366d"),
         (["invite", "--uses", "257"], "--uses"),
         (["import", "", "x"], "FILE is empty"),
+        (["invite", "--withdraw", "--uses", "2"], "leave --uses and --expires out"),
+        (["cluster", "promote"], "Missing argument 'MEMBER'"),
+        (["cluster", "set", "voters_max"], "give KEY and VALUE, or neither"),
+        (["up", "--region", "two words"], "--region: 'two words' is not one word"),
+        (["up", "--voter", "maybe"], "--voter: 'maybe' is not auto, yes or no"),
         (["list", "--data-dir", "/etc/passwd"], "/etc/passwd is a file, not a folder"),
         (["show", "x", "--license", "--system"], "only one of"),
         (["up", "--api", "0.0.0.0:1"], "--api: 0.0.0.0 is not a loopback address"),
@@ -110,7 +148,7 @@ def test_nothing_is_made_by_a_bad_ticket_or_by_leaving(capsys, tmp_path, monkeyp
     assert run(["join", "hello"]) == 2
     assert "this is not a whole ticket" in capsys.readouterr().err
     assert run(["leave"]) == 0
-    assert capsys.readouterr().out == "this node is not in a swarm\n"
+    assert capsys.readouterr().out == "this node is alone in its swarm; there is nothing to leave\n"
     assert not (tmp_path / "d").exists()
 
 

@@ -5,6 +5,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+from rich.live import Live
 
 from ollamamax_p2p.errors import OmxError
 from ollamamax_p2p.transfer import PullProgress, PullReport, SourceShare
@@ -145,7 +147,9 @@ def test_a_log_has_one_line_per_state(capsys):
     view.show(PullProgress(status="pulling manifest"))
     for completed in (0, 10, 20):
         view.show(progress(completed))
-    view.show(PullProgress(status="pulling 0123456789ab", digest=DIGEST, total=5, note="banned x"))
+    for completed in (1, 2, 3):  # a note stays in the states that follow it, and is told once
+        facts = {"digest": DIGEST, "total": 5, "completed": completed, "note": "banned x"}
+        view.show(PullProgress(status="pulling 0123456789ab", **facts))
     view.show(PullProgress(status="success"))
     assert capsys.readouterr().err.splitlines() == [
         "pulling manifest",
@@ -154,6 +158,15 @@ def test_a_log_has_one_line_per_state(capsys):
         "banned x",
         "success",
     ]
+
+
+def test_a_terminal_is_told_a_note_once_though_every_later_state_repeats_it(capsys):
+    with Live(console=Console(width=80), auto_refresh=False) as live:
+        view = TerminalView(live, clock=lambda: 1.0)
+        for completed in range(20):
+            facts = {"digest": DIGEST, "total": 200, "completed": completed}
+            view.show(PullProgress(status="pulling 0123", note="banned x", **facts))
+    assert capsys.readouterr().out.count("banned x") == 1
 
 
 def test_a_wide_terminal_shows_each_sources_share():

@@ -7,12 +7,13 @@ import socket
 import struct
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
+from ollamamax_p2p import ClusterStatus, LocalClient
 from tests.cli.running_omx import Ended, command, environment
 
 pytestmark = pytest.mark.network
@@ -243,3 +244,56 @@ async def test_a_taken_data_folder_and_a_taken_port_are_named(tmp_path):
     assert ended.code == 4
     assert "--listen" in ended.err
     assert ended.err.count("\n") == 1
+
+
+async def test_a_node_that_cannot_start_forgets_its_swarm_and_nothing_else(tmp_path):
+    data_dir = tmp_path / "d"  # with the models in it, as `environment` has them
+    assert (await omx_on(data_dir, "import", str(gguf(tmp_path / "a.gguf", 10)), "tiny")).code == 0
+    key = (data_dir / "node-key").read_bytes()
+    (place,) = (data_dir / "cluster").glob("*/place")
+    place.write_text("damaged")
+    ended = await omx_on(data_dir, "up")
+    assert (ended.code, ended.err.count("\n")) == (4, 1)
+    assert "`omx leave --force` here" in ended.err
+    ended = await omx_on(data_dir, "leave", "--force")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith("forgot the swarm: ")
+    assert not [*(data_dir / "cluster").glob("*")]
+    assert (data_dir / "node-key").read_bytes() == key
+    assert (data_dir / "store").is_dir()
+    assert [*(data_dir / "models" / "manifests").rglob("latest")]
+
+
+async def until(data_dir: Path, is_so) -> ClusterStatus:
+    """The cluster as that node sees it, once it is so."""
+    client = LocalClient.find(data_dir)
+    while not is_so(seen := await client.cluster_status()):  # noqa: ASYNC110 - it is elsewhere
+        await trio.sleep(0.2)
+    return seen
+
+
+def voters(seen: ClusterStatus) -> set[str]:
+    return {each.name for each in seen.members if each.role in ("voter", "leader")}
+
+
+async def test_three_nodes_vote_lose_their_leader_and_expel_it(tmp_path):
+    a, b, c = (tmp_path / name / "d" for name in "abc")
+    async with AsyncExitStack() as running:
+        await running.enter_async_context(up(a, "up", "--name", "a"))
+        client = LocalClient.find(a)
+        await client.set_cluster_setting("stability_s", "0")
+        ticket = (await client.invite(uses=2)).ticket
+        b_process, _ = await running.enter_async_context(up(b, "join", ticket, "--name", "b"))
+        await running.enter_async_context(
+            up(c, "join", ticket, "--name", "c", "--region", "attic", "--voter", "yes")
+        )
+        seen = await until(a, lambda seen: voters(seen) == {"a", "b", "c"})
+        assert {each.name: each.region for each in seen.members}["c"] == "attic"
+        assert (await omx_on(c, "cluster", "transfer-leader", "b")).code == 0
+        b_process.kill()
+        await until(a, lambda seen: seen.has_quorum and seen.term > 2 and seen.leader != "")
+        shown = await omx_on(a, "cluster", "status")
+        assert shown.out.splitlines()[0].startswith("quorum: ")
+        removed = await omx_on(c, "cluster", "remove", "b")
+        assert removed.out == "removed b; it has no access any more\n"
+        await until(a, lambda seen: {each.name for each in seen.members} == {"a", "c"})

@@ -1,7 +1,6 @@
 """A second, naive keeper of the agreed state, in RAM, and short ways to say commands."""
 
 import hashlib
-from typing import Any
 
 from ollamamax_p2p.cluster.core.commands import (
     AnyCommand,
@@ -19,6 +18,7 @@ from ollamamax_p2p.cluster.core.rules import Place, carry_out
 from ollamamax_p2p.consensus import Command
 from ollamamax_p2p.consensus.core.messages import ConfState
 from ollamamax_p2p.identity import PeerId, peer_id_of
+from ollamamax_p2p.testing.agreed_members import RamTables
 
 KEY = b"k" * 32
 T0 = 1_800_000_000
@@ -45,32 +45,6 @@ FOUND = FoundCluster(
 )
 
 
-class RamTables:
-    """`Tables` as plain dictionaries."""
-
-    def __init__(self) -> None:
-        self.rows: dict[type[Row], dict[str, Row]] = {}
-
-    def get(self, kind: type[Row], key: str) -> Any:
-        return self.rows.get(kind, {}).get(key)
-
-    def put(self, key: str, row: Row) -> None:
-        self.rows.setdefault(type(row), {})[key] = row
-
-    def delete(self, kind: type[Row], key: str) -> None:
-        self.rows.get(kind, {}).pop(key, None)
-
-    def count(self, kind: type[Row]) -> int:
-        return len(self.rows.get(kind, {}))
-
-    def items(self, kind: type[Row], prefix: str = "") -> list[tuple[str, Any]]:
-        rows = self.rows.get(kind, {})
-        return [(key, rows[key]) for key in sorted(rows) if key.startswith(prefix)]
-
-    def whole(self) -> dict[type[Row], dict[str, Row]]:
-        return {kind: rows for kind, rows in self.rows.items() if rows}
-
-
 class Agreed:
     """Commands in, results out; the rules over RamTables."""
 
@@ -90,11 +64,11 @@ class Agreed:
         return result
 
     def refused(self, command: AnyCommand | bytes) -> Refused:
-        before = self.tables.whole()
+        before = whole(self.tables)
         before = {kind: dict(rows) for kind, rows in before.items()}
         result = self.do(command)
         assert isinstance(result, Refused), result
-        after = self.tables.whole()
+        after = whole(self.tables)
         # The clock alone may have moved.
         for kind in before | after:
             if kind.__name__ != "Clock":
@@ -118,6 +92,10 @@ class Agreed:
         if command.session:
             return once(command.session, command.sequence, command.index, tables, now)
         return encode_result(now())
+
+
+def whole(tables: RamTables) -> dict[type[Row], dict[str, Row]]:
+    return {kind: rows for kind, rows in tables.rows.items() if rows}
 
 
 def founded() -> Agreed:

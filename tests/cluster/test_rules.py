@@ -6,6 +6,7 @@ import pytest
 from ollamamax_p2p.cluster.core import rows, rules
 from ollamamax_p2p.cluster.core.agreed_settings import SETTINGS, AgreedSettings, agreed_settings
 from ollamamax_p2p.cluster.core.commands import (
+    VOTES,
     AcquireLease,
     AdmitMember,
     Done,
@@ -193,9 +194,19 @@ def test_a_ticket_admits_as_many_peers_as_it_has_uses(agreed):
 
 def test_redeeming_again_takes_no_use_even_when_the_ticket_is_over(agreed):
     agreed.done(issue(uses=1))
-    first = agreed.done(redeem(1))
-    assert agreed.done(redeem(1)) == first
-    assert agreed.done(redeem(1, now=T0 + 99_999)) == first
+    first = agreed.done(redeem(1)).number
+    again = agreed.done(redeem(1)).number
+    late = agreed.done(redeem(1, now=T0 + 99_999)).number
+    # Each time under a new Raft id, because its log may be lost.
+    assert first < again < late == agreed.index
+    assert agreed.refused(redeem(2)).code == "ticket_expired"
+
+
+def test_a_voter_that_redeems_again_keeps_its_raft_id_and_is_told_that_it_votes(agreed):
+    agreed.done(issue(uses=1))
+    first = agreed.done(redeem(1)).number
+    agreed.conf_state = ConfState(voters=(1, first))
+    assert agreed.done(redeem(1)) == Done(first, VOTES)
 
 
 def test_a_removed_peer_needs_a_new_use(agreed):

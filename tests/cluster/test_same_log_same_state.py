@@ -25,6 +25,7 @@ from tests.cluster.agreed import (
     name,
     peer,
     secret_hash,
+    whole,
 )
 
 PEERS = st.integers(0, 4).map(peer)
@@ -152,7 +153,7 @@ def test_batches_restarts_and_snapshots_change_nothing(log, seed):
     with tempfile.TemporaryDirectory() as folder:
         one = open_cluster_state(Path(folder, "one"))
         assert one.apply(log) == expected
-        assert rows_of(one) == naive.tables.whole()
+        assert rows_of(one) == whole(naive.tables)
         assert one.conf_state == naive.conf_state
         home = Path(folder, "other")
         other = open_cluster_state(home)

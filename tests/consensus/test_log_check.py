@@ -58,7 +58,7 @@ def test_a_whole_log(folder):
     report = checked(folder)
     assert report.ok
     assert (report.first_index, report.last_index) == (1, 19)
-    assert (report.term, report.vote, report.commit) == (2, 7, 18)
+    assert (report.term, report.vote, report.commit, report.last_term) == (2, 7, 18, 2)
     assert report.snapshot_index == 9
     assert [each.sealed for each in report.segments][-1] is False
     assert all(each.sealed for each in report.segments[:-1])

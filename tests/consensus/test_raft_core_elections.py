@@ -91,6 +91,22 @@ def test_a_vote_does_not_leave_before_it_is_durable() -> None:
     assert cluster[1].role is StateRole.LEADER
 
 
+def test_a_candidate_does_not_lead_before_its_own_vote_is_durable() -> None:
+    """Else it may lead one term twice: before a crash in which it forgets the term, and after it,
+    when the others vote for it again; with one index and term for two entries.
+    """
+    cluster = Cluster(3, **GUARDED)
+    candidate = cluster[1]
+    candidate.stalled = []
+    candidate.raw.campaign()
+    cluster.settle()
+    assert cluster[2].raw.raft.vote == cluster[3].raw.raft.vote == 1
+    assert candidate.role is StateRole.CANDIDATE
+    cluster.disk_answers(candidate)
+    cluster.settle()
+    assert candidate.role is StateRole.LEADER
+
+
 def test_a_leader_commits_before_its_own_disk_has_answered() -> None:
     cluster = Cluster(3)
     leader = cluster.elect(1)

@@ -516,3 +516,13 @@ async def test_a_request_that_is_cancelled_leaves_nothing_behind(autojump_clock)
             with trio.move_on_after(0.01):
                 await ask(leader.up, Put("key", b"value"))
         assert leader.up.status().requests_waiting == 0
+
+
+async def test_the_commit_index_is_written_soon_though_nothing_depends_on_it(autojump_clock):
+    async with open_cluster(3) as cluster:
+        leader = await cluster.leader()
+        await ask(leader.up, Put("name", b"value"))
+        await cluster.settled()
+        await trio.sleep(0.2)
+        for member in cluster.members.values():
+            assert member.log.initial_state()[0].commit == member.up.applied_index

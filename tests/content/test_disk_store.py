@@ -229,9 +229,11 @@ async def test_a_blob_edited_in_place_is_not_served(store):
     path = store.blob_path(DIGEST)
     path.write_bytes(b"bad" + BLOB[3:])
     os.utime(path, ns=(0, 0))
-    with pytest.raises(StoreDamaged, match="pull it again") as caught:
+    with pytest.raises(StoreDamaged, match="delete this file and pull the model again") as caught:
         await store.chunk_map(DIGEST)
     assert caught.value.path == str(path)
+    path.unlink()  # as it says; another model may need the blob, so that `omx rm` would keep it
+    assert not await store.has(DIGEST)
 
 
 async def test_a_damaged_chunk_map_is_built_again(store, tmp_path):

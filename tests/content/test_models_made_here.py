@@ -301,6 +301,11 @@ async def test_a_file_that_is_not_there_is_not_imported(store, folder):
     assert str(caught.value) == f"{folder / 'absent'}: there is no such file"
 
 
+async def test_a_name_that_no_file_can_have_is_no_file(store, folder):
+    with pytest.raises(BadModelFile, match="cannot be read: File name too long"):
+        await import_model(store, folder / ("x" * 300), NAME)
+
+
 async def test_what_is_no_file_is_refused_at_once_and_named_once(store, folder):
     os.mkfifo(folder / "fifo")
     for name, problem in (("fifo", "not a regular file"), (".", "is a folder")):

@@ -2,15 +2,18 @@
 
 import hashlib
 import random
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import pytest
 import trio
 import trio.testing
 
+from ollamamax_p2p.cluster import AgreedProviders, open_shared_catalogue
 from ollamamax_p2p.content.core.digest import digest_of
 from ollamamax_p2p.discovery import (
     DiscoverySettings,
@@ -27,7 +30,8 @@ from ollamamax_p2p.host import (
     open_simulated_network,
 )
 from ollamamax_p2p.identity import Membership
-from ollamamax_p2p.testing.determinism import run_on_virtual_clock
+from ollamamax_p2p.testing.determinism import deterministic, run_on_virtual_clock
+from tests.cluster.whole_clusters import Machines, open_machines, same_state
 
 BLOB = digest_of(b"a blob")
 OTHER = digest_of(b"another blob")
@@ -118,6 +122,41 @@ async def dht_swarm() -> AsyncIterator[DhtSwarm]:
         yield DhtSwarm(stack)
 
 
+class AgreedSwarm:
+    """`AgreedProviders` over `swarm_providers`: what the catalogue knows comes on top."""
+
+    def __init__(self, folder: Path, stack: AsyncExitStack, machines: Machines) -> None:
+        self._stack = stack
+        self._machines = machines
+        self._given = 0
+
+    async def add(self) -> Member:
+        if self._given:
+            await self._machines.add(may_vote=False)
+            await same_state(*self._machines.all)  # or those that do not know it yet refuse it
+        machine = self._machines[self._given]
+        self._given += 1
+        assert machine.connections is not None
+        enter = self._stack.enter_async_context
+        rng = random.Random(self._given)
+        providers = await enter(
+            open_swarm_providers(machine.host, machine.connections, DiscoverySettings(), rng=rng)
+        )
+        catalogue = await enter(open_shared_catalogue(machine.up))
+        agreed = AgreedProviders(providers, catalogue, machine.connections)
+        return Member(machine.host, machine.connections, agreed)
+
+    async def settle(self) -> None:
+        await trio.sleep(8)
+
+
+@asynccontextmanager
+async def agreed_swarm() -> AsyncIterator[AgreedSwarm]:
+    with tempfile.TemporaryDirectory() as folder, deterministic(1):
+        async with open_machines(Path(folder)) as machines, AsyncExitStack() as stack:
+            yield AgreedSwarm(Path(folder), stack, machines)
+
+
 def links(host: PeerHost, membership: Membership, settings: HostSettings, rng: random.Random):
     return open_connections(
         host, membership, settings, rng=rng, feed=None, agent="test", wall_clock=lambda: 0.0
@@ -131,6 +170,7 @@ IMPLEMENTATIONS = [
         simulated_swarm, id="swarm_providers", marks=pytest.mark.trio(run=run_on_virtual_clock)
     ),
     pytest.param(dht_swarm, id="dht", marks=pytest.mark.network),
+    pytest.param(agreed_swarm, id="agreed", marks=pytest.mark.trio(run=run_on_virtual_clock)),
 ]
 
 

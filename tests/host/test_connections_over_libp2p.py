@@ -17,7 +17,8 @@ from ollamamax_p2p.errors import NotAdmitted, PeerUnreachable, TicketUsedUp
 from ollamamax_p2p.host import Connections, HostSettings, open_connections
 from ollamamax_p2p.host.libp2p_host import Libp2pHost, open_libp2p_host
 from ollamamax_p2p.host.requests import open_requests
-from ollamamax_p2p.identity import Address, Membership, PeerId, key_from_seed, parse_address
+from ollamamax_p2p.identity import Membership, PeerId, parse_address
+from ollamamax_p2p.testing.agreed_members import AgreedMembers
 from ollamamax_p2p.wire import Codec, Message
 
 pytestmark = pytest.mark.network
@@ -31,7 +32,10 @@ def wall_clock() -> float:
 
 @asynccontextmanager
 async def node(
-    number: int, membership: Membership | None, swarm_key: bytes | None
+    number: int,
+    membership: Membership | None,
+    swarm_key: bytes | None,
+    gate: AgreedMembers | None = None,
 ) -> AsyncIterator[tuple[Libp2pHost, Connections]]:
     async with (
         open_libp2p_host(
@@ -48,6 +52,7 @@ async def node(
             feed=None,
             agent=f"omx test {number}",
             wall_clock=wall_clock,
+            gate=gate,
         ) as links,
     ):
         yield host, links
@@ -63,26 +68,31 @@ def linked(links: Connections) -> set[PeerId]:
     return {status.peer for status in links.peers()}
 
 
-async def test_nodes_join_by_ticket_find_each_other_and_ask(tmp_path):
-    founder = Membership.create(tmp_path / "1")
-    key = founder.swarm_key
-    async with node(1, founder, key) as (host1, links1), node(2, None, key) as (host2, links2):
-        ticket = founder.issue(host1.addresses, uses=2, lifetime_s=60, now=wall_clock())
+async def test_nodes_join_by_ticket_find_each_other_and_ask():
+    founder = Membership.create(None)
+    key, gate = founder.swarm_key, AgreedMembers(wall_clock)
+    async with (
+        node(1, founder, key, gate) as (host1, links1),
+        node(2, None, key, gate) as (host2, links2),
+    ):
+        gate.add(host1.peer_id)
+        ticket = founder.new_ticket(host1.addresses, uses=2, lifetime_s=60, now=wall_clock())
+        gate.issue(ticket, uses=2)
         redeemed = await links2.redeem(ticket)
-        links2.adopt(Membership.join(tmp_path / "2", ticket, redeemed.grant))
+        links2.adopt(Membership.join(None, ticket))
         await links2.reach(redeemed.peers)
         await until(lambda: linked(links1) == {host2.peer_id})
 
-        async with node(3, None, key) as (host3, links3):
+        async with node(3, None, key, gate) as (host3, links3):
             redeemed = await links3.redeem(ticket)
-            links3.adopt(Membership.join(tmp_path / "3", ticket, redeemed.grant))
+            links3.adopt(Membership.join(None, ticket))
             await links3.reach([each for each in redeemed.peers if each.peer == host1.peer_id])
             await links3.reach_peer(host2.peer_id)
             await until(lambda: linked(links2) == {host1.peer_id, host3.peer_id})
             await ask_each_other(host2, host3)
         await until(lambda: linked(links2) == {host1.peer_id}, within_s=2)
 
-        async with node(4, None, key) as (_, links4):
+        async with node(4, None, key, gate) as (_, links4):
             with pytest.raises(TicketUsedUp):
                 await links4.redeem(ticket)
 
@@ -112,11 +122,9 @@ async def ask_each_other(one: Libp2pHost, two: Libp2pHost) -> None:
 
 
 async def test_nodes_that_dial_each_other_at_once_stay_linked():
-    founder = Membership.create(None)
-    ticket = founder.issue([address_of(1)], uses=1, lifetime_s=60, now=wall_clock())
-    other = Membership.join(None, ticket, founder.grant())
-    key = founder.swarm_key
-    async with node(1, founder, key) as (host1, links1), node(2, other, key) as (host2, links2):
+    member = Membership.create(None)
+    key = member.swarm_key
+    async with node(1, member, key) as (host1, links1), node(2, member, key) as (host2, links2):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(links1.reach, host2.addresses)
             nursery.start_soon(links2.reach, host1.addresses)
@@ -129,22 +137,18 @@ async def test_nodes_that_dial_each_other_at_once_stay_linked():
 
 
 async def test_a_stranger_with_another_key_or_no_ticket_gets_nowhere():
-    member = Membership.create(None)
-    async with node(1, member, member.swarm_key) as (host1, links1):
+    member, gate = Membership.create(None), AgreedMembers(wall_clock)
+    async with node(1, member, member.swarm_key, gate) as (host1, links1):
         other = Membership.create(None)
         async with node(2, other, other.swarm_key) as (_, links2):
             with pytest.raises(PeerUnreachable):
                 await links2.reach(host1.addresses)
-        async with node(3, other, member.swarm_key) as (host3, links3):
-            with pytest.raises(NotAdmitted):
-                await links3.reach(host1.addresses)
-            await until(lambda: not host3.connections())
+        for theirs in (other, member):  # of another swarm; of this one, but not a member
+            async with node(3, theirs, member.swarm_key) as (host3, links3):
+                with pytest.raises(NotAdmitted):
+                    await links3.reach(host1.addresses)
+                await until(lambda host=host3: not host.connections())
         assert not links1.peers()
-
-
-def address_of(number: int) -> Address:
-    peer = key_from_seed(number.to_bytes(32, "big")).peer_id
-    return parse_address(f"/ip4/127.0.0.1/tcp/1/p2p/{peer}")
 
 
 @pytest.mark.parametrize(

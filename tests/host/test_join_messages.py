@@ -15,10 +15,11 @@ from ollamamax_p2p.errors import (
     TicketUnknown,
     TicketUsedUp,
 )
+from ollamamax_p2p.host import ROSTER_MAX
 from ollamamax_p2p.host.join_messages import (
     MESSAGE_BYTES_MAX,
     Granted,
-    Hello,
+    Redeem,
     Refused,
     Welcome,
     answerer_codec,
@@ -31,7 +32,7 @@ from ollamamax_p2p.identity import peer_id_of
 PEER = peer_id_of(bytes(32))
 
 FIELDS = [
-    "is", "swarm_id", "credential", "secret", "agent", "addresses", "peers", "member_key",
+    "is", "swarm_id", "secret", "agent", "addresses", "peers", "raft_id", "roster", "votes",
     "reason", "expires_at", "uses", "nonce", "leaving",
 ]  # fmt: skip
 TAGS = ["hello", "redeem", "welcome", "granted", "refused", "ping", "pong", "goodbye"]
@@ -85,6 +86,7 @@ def test_a_tickets_refusal_means_the_same_on_the_other_side(error):
         ("full", PeerUnreachable),
         ("busy", PeerUnreachable),
         ("trouble", PeerUnreachable),
+        ("no_quorum", PeerUnreachable),
         ("of a newer version", NotAdmitted),
     ],
 )
@@ -96,17 +98,21 @@ def test_the_largest_messages_fit_their_frame():
     addresses = ["x" * 512] * 16
     welcome = Welcome(
         swarm_id=bytes(16),
-        credential=bytes(32),
         agent="x" * 128,
         addresses=addresses,
         peers=addresses * 4,
     )
     assert len(answerer_codec.encode(welcome)) < MESSAGE_BYTES_MAX
+    granted = Granted(
+        swarm_id=bytes(16),
+        peers=addresses * 4,
+        raft_id=2**62,
+        roster=((str(PEER), 2**62),) * ROSTER_MAX,
+    )
+    assert len(answerer_codec.encode(granted)) < MESSAGE_BYTES_MAX
 
 
-def test_messages_that_carry_secrets_do_not_show_them():
-    secret = b"so very secret, all of it, yes!!"
-    hello = Hello(swarm_id=bytes(16), credential=secret, agent="", addresses=[])
-    granted = Granted(swarm_id=bytes(16), member_key=secret, peers=[])
-    assert "secret" not in f"{hello!r} {hello} {granted!r} {granted}"
-    assert msgspec.structs.asdict(hello)["credential"] == secret
+def test_a_message_that_carries_a_secret_does_not_show_it():
+    redeem = Redeem(swarm_id=bytes(16), secret=b"so very secret!!")
+    assert "so very" not in f"{redeem!r} {redeem}"
+    assert msgspec.structs.asdict(redeem)["secret"] == b"so very secret!!"

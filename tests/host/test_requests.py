@@ -6,14 +6,18 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import msgpack
 import pytest
 import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from msgspec import Meta
 
 from ollamamax_p2p.errors import (
     BlobNotFound,
     MalformedMessage,
     NotAdmitted,
+    OmxError,
     PeerGone,
     PeerUnreachable,
     StoreFull,
@@ -29,7 +33,7 @@ from ollamamax_p2p.host import (
 )
 from ollamamax_p2p.host.requests import Answer as Reply
 from ollamamax_p2p.host.requests import Ask as Question
-from ollamamax_p2p.host.requests import Failure, FromAnswerer, FromAsker
+from ollamamax_p2p.host.requests import Cancel, Failure, FromAnswerer, FromAsker, _failed
 from ollamamax_p2p.identity import PeerId
 from ollamamax_p2p.wire import Codec, Message
 
@@ -331,3 +335,38 @@ async def test_a_fifth_stream_of_one_peer_is_closed(autojump_clock, pair):
         with trio.move_on_after(1) as open_still:
             await talks[0].receive()
         assert open_still.cancelled_caught
+
+
+# -- what is on the wire -----------------------------------------------------------------------
+
+near_messages = st.dictionaries(
+    st.sampled_from(["is", "number", "body", "code", "message"]),
+    st.one_of(
+        st.sampled_from(["ask", "cancel", "answer", "failure", "blob_not_found", "store_full"]),
+        st.integers(-(2**63), 2**64 - 1),
+        st.binary(max_size=40),
+        st.text(max_size=80),
+        st.none(),
+        st.lists(st.integers(0, 9), max_size=3),
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=10_000, deadline=None)
+@given(st.binary(max_size=200) | near_messages.map(msgpack.packb))
+def test_any_bytes_are_an_envelope_or_malformed(data):
+    for codec, kinds in (
+        (Codec(FromAsker, max_bytes=200), (Question, Cancel)),
+        (Codec(FromAnswerer, max_bytes=200), (Reply, Failure)),
+    ):
+        try:
+            message = codec.decode(data)
+        except MalformedMessage:
+            continue
+        assert isinstance(message, kinds)
+        assert message.number >= 0
+        if isinstance(message, Failure):
+            told = _failed(PeerId("12D3KooW"), message)
+            assert isinstance(told, OmxError)
+            assert not isinstance(told, StoreFull), "that would be about this machine"

@@ -10,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ class Forker:
             text=True,
         )
         self._children: list[Child] = []
+        self._asking = threading.Lock()
         return self
 
     def fork(self, role: str, said: Path, **arguments: Any) -> Child:
@@ -58,16 +61,17 @@ class Forker:
         return child
 
     def wait(self, child: Child) -> int:
-        """Its exit code, negative for a signal."""
+        """Its exit code, negative for a signal. Blocks; any thread may ask."""
         self._children.remove(child)
         return self._ask({"wait": child.pid})
 
     def _ask(self, command: dict[str, Any]) -> int:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        with self._asking:
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+            return int(self._process.stdout.readline())
 
     def __exit__(self, *exc: object) -> None:
         for child in list(self._children):
@@ -89,6 +93,7 @@ def main() -> None:
 
     import ollamamax_p2p.node
     import ollamamax_p2p.transfer  # noqa: F401
+    import tests.network.raft_node  # noqa: F401
 
     for line in sys.stdin:
         command = json.loads(line)
@@ -106,7 +111,9 @@ def main() -> None:
 def _child(command: dict[str, Any]) -> int:
     import trio
 
-    roles = {"seed": _seed, "pull": _pull}
+    from tests.network import raft_node
+
+    roles = {"seed": _seed, "pull": _pull, "raft": raft_node.run}
     descriptor = os.open(command["said"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def say(**facts: Any) -> None:
@@ -115,7 +122,7 @@ def _child(command: dict[str, Any]) -> int:
     try:
         trio.run(roles[command["fork"]], command, say)
     except BaseException as error:  # noqa: BLE001 - told to the parent, which fails the test
-        say(failed=repr(error))
+        say(failed=repr(error), trace=traceback.format_exc())
         return 1
     return 0
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,25 @@ def no_network() -> list[str]:
     pytest.skip("needs a network namespace: unshare --net, as root or where users may")
 
 
+@contextmanager
+def closed_folder(folder: Path) -> Iterator[list[str]]:
+    """A folder that a user may not look into; gives what runs a command as such a user."""
+    folder.mkdir()
+    runner: list[str] = []
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("needs setpriv: apt-get install util-linux")
+        # Root without its right to pass over modes, which still reads the interpreter's own files.
+        rights = "-dac_override,-dac_read_search"
+        runner = ["setpriv", "--bounding-set", rights, "--inh-caps", rights]
+        os.chown(folder, 65534, 65534)
+    folder.chmod(0o700 if runner else 0)
+    try:
+        yield runner
+    finally:
+        folder.chmod(0o700)
+
+
 def loopback_only() -> list[str]:
     """What runs a command with a loopback interface and nothing else."""
     if shutil.which("ip") is None:
@@ -151,13 +170,7 @@ def _unmount(folder: Path) -> None:
 def fill(folder: Path) -> Path:
     """Take all the room that is left on a small disk; gives the file that took it."""
     ballast = folder / "ballast"
-    with ballast.open("wb") as file:
-        block = bytes(64 * 1024)
-        try:
-            while True:
-                file.write(block)
-                file.flush()
-        except OSError:
-            pass
-        file.close()
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(64 * 1024))
     return ballast

@@ -54,8 +54,9 @@ def test_three_nodes_share_a_model_and_a_killed_one_resumes(
     assert carol["refetched_bytes"] <= 16 * MiB
 
 
-def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "omx_cli", "demo", "--model", str(tmp_path)]
+@pytest.mark.parametrize("place", [".", "x" * 300])
+def test_a_folder_without_a_model_is_named(tmp_path: Path, place: str) -> None:
+    command = [sys.executable, "-m", "omx_cli", "demo", "--model", str(tmp_path / place)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert str(tmp_path) in done.stderr

@@ -23,6 +23,7 @@ from ollamamax_p2p.errors import BadAddress, NotAdmitted, PeerGone, PeerUnreacha
 from ollamamax_p2p.host import ByteStream, HostSettings, PeerEvent, open_libp2p_host
 from ollamamax_p2p.host.libp2p_host import HANDSHAKES_PER_IP_MAX, STREAMS_PER_STRANGER_MAX
 from ollamamax_p2p.identity import Address, parse_address
+from tests.network.tcp_proxy import open_tcp_proxy
 
 pytestmark = pytest.mark.network
 
@@ -93,6 +94,29 @@ async def answers(here, there) -> bool:
 
 def port_of(host) -> int:
     return int(host.addresses[0].transport.split("/")[4])
+
+
+async def test_a_newer_connection_that_is_dead_gives_way_to_the_one_that_is_well():
+    """Half-open: alice's second connection is gone, and bob was never told."""
+    async with (
+        open_tcp_proxy(random.Random(1)) as proxy,
+        host_of("alice", dial_timeout_s=2.0) as alice,
+        host_of("bob2", dial_timeout_s=2.0) as bob,
+    ):
+        alice.set_handler(ECHO, echo)
+        await befriend(alice, bob)
+        proxy.target = port_of(bob)
+        async with host_of("alice") as again:  # the same key
+            await again.connect(
+                [parse_address(f"/ip4/127.0.0.1/tcp/{proxy.port}/p2p/{bob.peer_id}")]
+            )
+            connections = bob.libp2p.get_network().get_connections
+            await until(lambda: len(connections(ID.from_base58(alice.peer_id))) == 2)
+            proxy.half_open(dialler_knows=True)
+        with pytest.raises(PeerGone, match="did not answer"):
+            await answers(bob, alice)
+        await until(lambda: len(connections(ID.from_base58(alice.peer_id))) == 1)
+        assert await answers(bob, alice)
 
 
 # -- the door ----------------------------------------------------------------------------------
@@ -429,7 +453,7 @@ async def test_a_peer_whose_process_dies_is_noticed_at_once(alice):
         await mortal.connect(alice.addresses)
         assert (await anext(events)).change == "connected"
         yamux = mortal.libp2p.get_network().get_connections()[0].muxed_conn
-        tcp = yamux.secured_conn.conn.read_writer.read_write_closer._conn.stream.stream
+        tcp = yamux.secured_conn.conn.read_writer.read_write_closer._conn._conn.stream.stream
         linger = struct.pack("ii", 1, 0)
         tcp.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         with trio.fail_after(2):

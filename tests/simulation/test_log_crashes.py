@@ -223,6 +223,30 @@ def test_room_that_comes_back_after_each_refusal_ends_in_the_same_log():
     assert held(opened(disk)) == STATES[-1]
 
 
+@pytest.mark.parametrize("draw", range(40))
+def test_a_torn_write_that_a_full_disk_lets_nobody_clean_up_is_no_damage(draw):
+    """Found by the simulation of replicas, seed 12: opening the log began to fill what was torn
+    with zeros and found the disk full; the half that was left looked like a damaged header.
+    """
+    rng = random.Random(draw)
+    disk = SimulatedDisk()
+    log = opened(disk)
+    log.append(entries(1, 3))
+    disk.fail_write_at = disk.writes + 1
+    with pytest.raises(StoreFull):
+        log.append(entries(4, 4, size=rng.choice([10, 90, 700, 1500])))
+    disk.crash(rng, Loss.TORN)
+    for cut in range(1, 5):
+        disk.fail_write_at = disk.writes + cut
+        try:
+            opened(disk)
+        except StoreFull:
+            continue
+        break
+    disk.fail_write_at = None
+    assert held(opened(disk))[2] == tuple(entries(1, 3))
+
+
 def test_a_disk_without_room_for_a_segment_refuses_and_stays_readable():
     disk = SimulatedDisk(capacity=5000)
     log = opened(disk)

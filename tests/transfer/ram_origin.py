@@ -54,3 +54,15 @@ class RamOrigin:
                 yield part
 
         yield parts()
+
+
+class DeadOrigin(RamOrigin):
+    """Has a name for everything that it was given, and cannot be reached for a single byte."""
+
+    @asynccontextmanager
+    async def fetch_range(
+        self, name: ModelName, digest: Digest, start: int, end: int, *, insecure: bool = False
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        self.ranges += 1
+        raise OriginUnavailable("https://origin.test", "cannot look up origin.test")
+        yield

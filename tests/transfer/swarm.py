@@ -20,6 +20,7 @@ from ollamamax_p2p.host import (
 from ollamamax_p2p.identity import PeerId
 from ollamamax_p2p.observability import EventFeed
 from ollamamax_p2p.transfer import Origin, Transfer, TransferSettings, open_transfer
+from ollamamax_p2p.transfer.agreements import AgreedMaps
 from ollamamax_p2p.transfer.core.messages import (
     FromFetcher,
     FromSource,
@@ -125,11 +126,17 @@ class Swarm:
         settings: TransferSettings | None = None,
         origin: Origin | None = None,
         store: RamStore | None = None,
+        agreed_maps: AgreedMaps | None = None,
         **rates: float,
     ) -> Node:
         host = await self.add_host(**rates)
         return await self.start(
-            host, holding=holding, settings=settings, origin=origin, store=store
+            host,
+            holding=holding,
+            settings=settings,
+            origin=origin,
+            store=store,
+            agreed_maps=agreed_maps,
         )
 
     async def start(
@@ -140,6 +147,7 @@ class Swarm:
         settings: TransferSettings | None = None,
         origin: Origin | None = None,
         store: RamStore | None = None,
+        agreed_maps: AgreedMaps | None = None,
     ) -> Node:
         store = store or RamStore()
         for data in holding:
@@ -156,6 +164,7 @@ class Swarm:
                 rng=random.Random(f"{self._seed} {host.peer_id}"),
                 feed=feed,
                 wall_clock=lambda: 1_800_000_000.0,
+                agreed_maps=agreed_maps,
             )
         )
         return Node(host, store, transfer, feed)

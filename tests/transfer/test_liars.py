@@ -8,7 +8,7 @@ import trio
 from ollamamax_p2p.content.core.chunk_map import ChunkMap
 from ollamamax_p2p.content.core.digest import digest_of, raw_hash
 from ollamamax_p2p.content.core.model_name import parse_model_name
-from ollamamax_p2p.errors import NoSources
+from ollamamax_p2p.errors import NoSources, OriginUnavailable
 from ollamamax_p2p.transfer.core.messages import (
     ChunkPart,
     GetMap,
@@ -21,7 +21,7 @@ from ollamamax_p2p.transfer.core.messages import (
     Want,
 )
 from ollamamax_p2p.transfer.core.peer_session import encode_bits
-from tests.transfer.ram_origin import RamOrigin
+from tests.transfer.ram_origin import DeadOrigin, RamOrigin
 from tests.transfer.swarm import MiB, model_of, open_swarm, some_bytes
 
 pytestmark = pytest.mark.usefixtures("repeatable")
@@ -319,6 +319,48 @@ async def test_a_holder_that_has_to_build_its_map_first_is_waited_for(autojump_c
         me = await swarm.add()
         with trio.fail_after(300):
             await me.transfer.fetch(DIGEST, len(DATA))
+
+
+async def test_a_holder_that_builds_its_map_is_waited_for_though_the_origin_is_dead(
+    autojump_clock, seed
+):
+    """A LAN without internet, and a large blob that nobody has asked its holder for before."""
+
+    class Slow(Liar):
+        async def have(self, stream, message):
+            await trio.sleep(30)  # the origin is asked after three seconds, and fails at once
+            await super().have(stream, message)
+
+    origin = DeadOrigin()
+    origin.manifests[parse_model_name("some:model").key] = model_of(DATA)
+    async with open_swarm(seed) as swarm:
+        await swarm.add_evil(Slow(map_of(DATA, DIGEST)), claims=[DIGEST])
+        await swarm.add(holding=[b"{}"])
+        me = await swarm.add(origin=origin)
+        with trio.fail_after(60):
+            report = await me.transfer.pull("some:model")
+        assert origin.ranges > 0
+        assert {share.kind for share in report.sources} == {"peer"}
+
+
+async def test_a_dead_origin_and_a_banned_holder_are_both_named(autojump_clock, seed):
+    class Spoilt(Liar):
+        def bytes_of(self, chunk, data):
+            return data if chunk < 6 else bytes(len(data))
+
+    origin = DeadOrigin()
+    origin.manifests[parse_model_name("some:model").key] = model_of(DATA)
+    async with open_swarm(seed) as swarm:
+        liar = await swarm.add_evil(Spoilt(map_of(DATA, DIGEST)), claims=[DIGEST])
+        await swarm.add(holding=[b"{}"])
+        me = await swarm.add(origin=origin)
+        with trio.fail_after(120), pytest.raises(OriginUnavailable) as raised:
+            await me.transfer.pull("some:model")
+        assert liar.peer_id in me.transfer.bans
+        told = str(raised.value)
+        assert "cannot look up origin.test" in told
+        assert "no peer could give the rest; 1 lying peer banned" in told
+        assert "what is here is kept, the same pull resumes it" in told
 
 
 @pytest.mark.parametrize("lie", [SendsNothing, SendsNoMap])

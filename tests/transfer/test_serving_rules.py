@@ -285,6 +285,19 @@ def test_the_map_that_most_complete_holders_vouch_for_is_tried_first():
     assert votes.best() == one
 
 
+def test_no_number_of_holders_outvotes_the_map_that_was_agreed_unless_it_is_wrong():
+    agreed, other = digest_of(b"1"), digest_of(b"2")
+    votes = MapVotes(random.Random(0))
+    votes.agreed = agreed
+    for peer in "abc":
+        votes.claims(peer, other, complete=True)
+    assert votes.best() == other  # nobody serves under the agreed one
+    votes.claims("d", agreed, complete=False)
+    assert votes.best() == agreed
+    votes.reject(agreed)
+    assert votes.best() == other
+
+
 def test_a_rejected_map_is_not_tried_again_and_its_vouchers_are_named():
     one, two = sorted([digest_of(b"1"), digest_of(b"2")])
     votes = MapVotes(random.Random(0))

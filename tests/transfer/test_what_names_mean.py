@@ -2,12 +2,22 @@
 
 from datetime import UTC, datetime
 
+import msgpack
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ollamamax_p2p.content import RamStore
 from ollamamax_p2p.content.core.model_name import parse_model_name
-from ollamamax_p2p.errors import ModelNotFound, NoSources, PeerMisbehaved
-from ollamamax_p2p.transfer.models_exchange import FUTURE_MAX_S, HeldManifest, choose
+from ollamamax_p2p.errors import MalformedMessage, ModelNotFound, NoSources, PeerMisbehaved
+from ollamamax_p2p.transfer.models_exchange import (
+    FUTURE_MAX_S,
+    AskManifest,
+    HeldManifest,
+    _answers,
+    _questions,
+    choose,
+)
 from tests.transfer.swarm import model_of, open_swarm
 
 NAME = parse_model_name("some:model")
@@ -91,3 +101,35 @@ class TestInASwarm:
             report = await me.transfer.pull(NAME)
             assert report.manifest_digest == model_of(b"good").digest
             assert await store.modified_at(NAME) == when
+
+
+# -- what is on the wire -----------------------------------------------------------------------
+
+near_messages = st.dictionaries(
+    st.sampled_from(["is", "name", "raw", "modified_at"]),
+    st.one_of(
+        st.sampled_from(["ask_manifest", "held_manifest", "x" * 1_024, "x" * 1_025]),
+        st.text(max_size=20),
+        st.binary(max_size=40),
+        st.floats(),
+        st.integers(-(2**63), 2**64 - 1),
+        st.none(),
+        st.lists(st.integers(0, 9), max_size=3),
+    ),
+    max_size=4,
+)
+
+
+@settings(max_examples=10_000, deadline=None)
+@given(st.binary(max_size=200) | near_messages.map(msgpack.packb))
+def test_any_bytes_are_a_question_or_an_answer_about_a_name_or_malformed(data):
+    for codec, kind in ((_questions, AskManifest), (_answers, HeldManifest)):
+        try:
+            message = codec.decode(data)
+        except MalformedMessage:
+            continue
+        assert isinstance(message, kind)
+        if isinstance(message, AskManifest):
+            assert len(message.name) <= 1_024
+        else:
+            assert 0 <= message.modified_at <= 1e11

@@ -48,6 +48,9 @@ COPIES_MAX = 64
 LEASE_S_MAX = 3_600
 """A holder that says nothing for an hour is gone."""
 
+VOTES = "votes"
+"""As the text of a RedeemTicket's Done: the peer is a voter already."""
+
 ANY = "*"
 """As `expected`: whatever the tag means now."""
 
@@ -156,7 +159,9 @@ class IssueTicket(Command, tag="issue", frozen=True):
 
 
 class RedeemTicket(Command, tag="redeem", frozen=True):
-    """Become a member by a ticket: Done(number=Raft id). Whoever is a member already takes no use.
+    """Become a member by a ticket: Done(number=Raft id). Whoever is a member already takes no use:
+    a voter keeps its Raft id, Done(text=VOTES); a learner gets a new one, because it may have lost
+    its log, and what the leader knows of the old one would be wrong.
 
     Refused as ticket_unknown, ticket_expired or ticket_used_up.
     """

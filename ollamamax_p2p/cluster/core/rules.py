@@ -15,6 +15,7 @@ from ollamamax_p2p.cluster.core.agreed_settings import SETTINGS
 from ollamamax_p2p.cluster.core.commands import (
     ANY,
     LIFETIME_S_MAX,
+    VOTES,
     AcquireLease,
     AdmitMember,
     Done,
@@ -254,8 +255,12 @@ def _redeem(command: RedeemTicket, place: Place, tables: Tables) -> Result:
         return Refused("ticket_unknown", "unknown", "the ticket is not known")
     known = tables.get(Member, command.peer)
     if known is not None:
-        # Its answer was lost, or it came by another ticket: nothing is granted, so nothing spent.
-        return Done(known.raft_id)
+        # Its answer was lost, or its disk, or it comes for the swarm's new key: nothing is granted,
+        # so nothing is spent.
+        if known.raft_id in {*place.conf_state.voters, *place.conf_state.voters_outgoing}:
+            return Done(known.raft_id, VOTES)
+        tables.put(command.peer, replace(known, raft_id=place.index))
+        return Done(place.index)
     if now >= ticket.expires_at:
         moment = datetime.fromtimestamp(ticket.expires_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return Refused("ticket_expired", "expired", "the ticket has expired", actual=moment)

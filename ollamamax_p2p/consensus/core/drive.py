@@ -83,6 +83,7 @@ from ollamamax_p2p.errors import (
     QuorumLost,
 )
 
+_TYPES_FOR_LEADER = frozenset({MessageType.PROP, MessageType.READ_INDEX})
 _TYPES_FROM_LEADER = frozenset({MessageType.APP, MessageType.HEARTBEAT, MessageType.SNAP})
 _LOCAL_IDS = (LOCAL_APPEND_THREAD, LOCAL_APPLY_THREAD, NOBODY)
 
@@ -145,7 +146,13 @@ class Write:
     entries: list[Entry] = field(default_factory=list)
     hard_state: HardState | None = None
     sync: bool = False
-    """False if it only moves the commit index, on which nothing depends."""
+    """False if it only moves the commit index, on which nothing depends: also not what its messages
+    let out, which speaks of entries and votes that an earlier write has made durable."""
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether it may be left for the next write that cannot."""
+        return not self.sync and self.snapshot is None
 
 
 @dataclass(slots=True, eq=False)
@@ -178,6 +185,15 @@ class _Round:
     led: bool
 
 
+_TERM_STEP_MAX = 2**32
+"""A peer may be ahead by no more: an election every half second would take 68 years. Without this
+one message moves the term to the end of all terms, on every disk, and nobody is ever elected again.
+"""
+
+_LATE_ROUNDS_MAX = 64
+"""Of ReadIndex attempts that were given up and may still be answered: half a minute of them."""
+
+
 def merged_writes(appends: Iterable[Message], written: HardState) -> list[Write]:
     """STORAGE_APPENDs, in order, as few writes: one, or one more behind each snapshot.
 
@@ -195,7 +211,6 @@ def merged_writes(appends: Iterable[Message], written: HardState) -> list[Write]
             if write.entries and first <= write.entries[-1].index:
                 del write.entries[max(0, first - write.entries[0].index) :]
             write.entries.extend(message.entries)
-        if message.entries or message.responses:
             write.sync = True
         if state is not None:
             write.sync |= (state.term, state.vote) != (written.term, written.vote)
@@ -258,6 +273,12 @@ def snapshot_to_adopt(
             "applied; see docs/runbooks/damaged-wal.md",
         )
     return None
+
+
+def _has_member(snapshot: Snapshot, node: int) -> bool:
+    """Whether a node may take it: one that is no member in it would forget that it is one."""
+    state = snapshot.metadata.conf_state
+    return node in (*state.voters, *state.learners, *state.voters_outgoing)
 
 
 Job = TypeVar("Job")
@@ -384,6 +405,7 @@ class Drive:
         self._reads_waiting: list[int] = []
         self._reads_confirmed: list[tuple[int, int]] = []
         self._round: _Round | None = None
+        self._late_rounds: dict[bytes, _Round] = {}
         self._attempts = 0
         self._lease = (0, 0.0)
         """The term and the time at which the last confirmed round began."""
@@ -528,6 +550,10 @@ class Drive:
             if self._fetching is None:
                 self._fetching = message
                 self._new_fetches.append(message)
+        elif message.type in _TYPES_FOR_LEADER and not self.leads:
+            # Forwarded once more it would come in another's name, which the next one refuses; its
+            # sender asks again, and then whoever leads.
+            self.proposals_dropped += 1
         elif message.entries and message.type is MessageType.APP and self._is_behind_with_writes():
             pass  # the leader sends it again; here it would only fill the memory
         else:
@@ -535,6 +561,8 @@ class Drive:
 
     def _is_bounded(self, message: Message) -> bool:
         limit = self._settings.max_command_bytes + _PROPOSAL_OVERHEAD_BYTES
+        if message.term > self.term + _TERM_STEP_MAX:
+            return False
         return message.type is not MessageType.PROP or all(
             len(entry.data) <= limit for entry in message.entries
         )
@@ -545,6 +573,7 @@ class Drive:
             snapshot is not None
             and snapshot.metadata.index > self.committed_index
             and message.term >= self.term
+            and _has_member(snapshot, self.raft_id)  # else the core refuses it
         )
 
     def _is_behind_with_writes(self) -> bool:
@@ -619,9 +648,11 @@ class Drive:
     def propose_conf_change(self, change: ConfChangeV2, data: bytes = b"") -> int:
         """Have the configuration changed, and a command applied with it, both or none.
 
-        Raises NotLeader; ProposalDropped; ValueError if it is too long.
+        Raises NotLeader; ProposalDropped, as `propose`; ValueError if it is too long.
         """
         self._must_lead()
+        if len(self._changes) >= self._settings.proposals_waiting_max:
+            raise ProposalDropped(f"{len(self._changes)} other changes wait already")
         if self.disk_is_full:
             raise ProposalDropped("this node's disk is full")
         index = self._raft.log.last_index() + 1
@@ -696,8 +727,11 @@ class Drive:
         for request, waiting in self._waiting.items():
             if not waiting.repeatable or not waiting.attempts:
                 continue
-            # Doubled each time: what is only slow must not be made slower.
-            patience = self._retry_ticks << min(waiting.attempts - 1, 5)
+            if self.leads and waiting.term == self.term and not waiting.forwarded:
+                continue  # it is in this log, and nothing but an election takes it away
+            # Doubled twice: what is only slow must not be made slower, and what is lost again and
+            # again (a leader that comes and goes) must find its moment before the time is over.
+            patience = self._retry_ticks << min(waiting.attempts - 1, 2)
             if waiting.term != self.term or self._ticks - waiting.tick >= patience:
                 self._unsent[request] = None
 
@@ -791,14 +825,22 @@ class Drive:
         ):
             self._round = None
             self._reads_waiting = under_way.requests + self._reads_waiting
+            # Its answer is still one: it was asked for after these reads were. Where a round trip
+            # takes longer than our patience (a busy machine), no other would ever come in time.
+            self._late_rounds[under_way.context] = under_way
+            if len(self._late_rounds) > _LATE_ROUNDS_MAX:
+                del self._late_rounds[next(iter(self._late_rounds))]
 
     def _take_read_answer(self, context: bytes, index: int) -> None:
         under_way = self._round
-        if under_way is None or under_way.context != context:
+        if under_way is not None and under_way.context == context:
+            self._round = None
+        else:
+            under_way = self._late_rounds.pop(context, None)
+        if under_way is None:
             return
-        self._round = None
         if under_way.led:
-            self._lease = (under_way.term, under_way.started)
+            self._lease = max(self._lease, (under_way.term, under_way.started))
         self._reads_confirmed += [(index, request) for request in under_way.requests]
         self._finish_reads()
 
@@ -836,6 +878,10 @@ class Drive:
             self._appends.add(message, self._ticks)
         elif message.to == LOCAL_APPLY_THREAD:
             self._applies.add(self._decoded(message), self._ticks)
+        elif message.snapshot is not None and not _has_member(message.snapshot, message.to):
+            # It was made before this member was added. The next one is just being made: at its next
+            # heartbeat it is offered that.
+            self.raw_node.report_snapshot(message.to, ok=False)
         else:
             work.sends.append(message)
 

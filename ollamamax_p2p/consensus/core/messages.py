@@ -5,7 +5,7 @@ Raft ids are positive integers (64 bits); 0 is nobody. An id names one life of o
 used again after its removal. Peer ids are mapped to them above.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 import msgspec
@@ -205,22 +205,32 @@ NO_LIMIT = 2**63
 """Of bytes."""
 
 
-def _varint_size(number: int) -> int:
-    return (number.bit_length() + 6) // 7 or 1
+ENTRY_OVERHEAD_BYTES_MAX = 5 + 3 * 10
+"""The most that `entry_size` adds to an entry's data: three numbers of at most ten bytes."""
 
 
 def entry_size(entry: Entry) -> int:
     """How many bytes an entry counts for where bytes are limited: what etcd's encoding of it takes,
     so that limits mean the same in both.
     """
-    size = 4 + _varint_size(entry.term) + _varint_size(entry.index)
-    length = len(entry.data)
-    return size + 1 + _varint_size(length) + length if length else size
+    return _header_size(entry) + _data_size(len(entry.data))
+
+
+def _header_size(entry: Entry) -> int:
+    return 4 + _varint_size(entry.term) + _varint_size(entry.index)
+
+
+def _data_size(length: int) -> int:
+    return 1 + (length.bit_length() + 6) // 7 + length if length else 0
+
+
+def _varint_size(number: int) -> int:
+    return (number.bit_length() + 6) // 7 or 1
 
 
 def limited(entries: list[Entry], max_bytes: int) -> list[Entry]:
     """As many from the front as fit, at least one if there is one."""
-    if max_bytes >= NO_LIMIT:
+    if payload_size(entries) + len(entries) * ENTRY_OVERHEAD_BYTES_MAX <= max_bytes:
         return entries
     total = 0
     for count, entry in enumerate(entries):
@@ -230,9 +240,16 @@ def limited(entries: list[Entry], max_bytes: int) -> list[Entry]:
     return entries
 
 
-def total_size(entries: Iterable[Entry]) -> int:
-    """Bytes of all of them."""
-    return sum(map(entry_size, entries))
+def total_size(entries: Sequence[Entry]) -> int:
+    """Bytes of all of them, a piece of a log."""
+    if not entries:
+        return 0
+    data = sum([_data_size(len(entry.data)) for entry in entries])
+    header = _header_size(entries[0])
+    if header == _header_size(entries[-1]):
+        # Terms and indexes only grow along a log, so those between take as many bytes.
+        return data + len(entries) * header
+    return data + sum(map(_header_size, entries))
 
 
 def payload_size(entries: Iterable[Entry]) -> int:

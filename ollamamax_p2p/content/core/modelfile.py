@@ -179,7 +179,9 @@ def _instructions(text: str, where: str) -> Iterator[_Instruction]:
 
 def _instruction(lines: _Lines, line: str, number: int) -> _Instruction:
     command, rest = _word(line)
-    if command.lower() not in COMMANDS or line == command:
+    if command.lower() in COMMANDS and line == command:
+        raise lines.bad(f"{command.upper()} has no value", number)
+    if command.lower() not in COMMANDS:
         expected = ", ".join(name.upper() for name in COMMANDS)
         raise lines.bad(f"unknown command {command[:40]!r}; it may be {expected}", number)
     command, word = command.lower(), ""

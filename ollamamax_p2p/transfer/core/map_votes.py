@@ -2,9 +2,9 @@
 
 Honest holders of a blob all have the same map, because the cut follows from the bytes. Two maps for
 one blob mean that somebody lies, and only the whole blob can tell who. So one map is tried: the one
-that most complete holders vouch for, among those by which nothing was held back so far. If the blob
-comes out wrong, everybody who vouched for the map is a liar, the map is rejected and the next is
-tried.
+that was agreed on, if one was and anybody serves under it; else the one that most complete holders
+vouch for, among those by which nothing was held back so far. If the blob comes out wrong, everybody
+who vouched for the map is a liar, the map is rejected and the next is tried.
 
 Partial holders only repeat what they were told: they serve under a map, but do not vouch for it,
 and one who was lied to tells another map later. So they are not blamed for one wrong map that
@@ -36,6 +36,10 @@ class MapVotes:
         """rng: breaks ties; a digest cannot, because a liar chooses its own."""
         self.here: Digest | None = None
         """The map by which bytes are here already: the first among equals, as it keeps them."""
+        self.agreed: Digest | None = None
+        """The one that the cluster has agreed on: somebody has had the whole blob by it. No number
+        of holders outvotes it; but if it does not make the blob, it is a lie like others.
+        """
         self._rng = rng
         self._claims: dict[str, tuple[Digest, bool]] = {}
         self._told: dict[str, dict[Digest, bool]] = {}
@@ -118,6 +122,7 @@ class MapVotes:
         return max(
             votes,
             key=lambda digest: (
+                digest == self.agreed,
                 -self.doubts(digest),
                 sum(votes[digest]),
                 len(votes[digest]),

@@ -1,0 +1,178 @@
+"""Session: all that a node runs while it is in one swarm, opened in layer order.
+
+Host, cluster, links, discovery, transfer. `node.Node` ends one session and opens the next when it
+joins or leaves, or when the swarm's key is changed: another key means another host.
+"""
+
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from ollamamax_p2p.cluster import (
+    AboutThisNode,
+    AgreedProviders,
+    Cluster,
+    SharedCatalogue,
+    cluster_folder,
+    has_battery,
+    has_place,
+    may_vote,
+    open_cluster,
+    open_shared_catalogue,
+    printable_name,
+)
+from ollamamax_p2p.config import NodeConfig
+from ollamamax_p2p.content import BlobStore
+from ollamamax_p2p.discovery import Discovery, open_discovery
+from ollamamax_p2p.host import Connections, Libp2pHost, PeerHost, open_connections
+from ollamamax_p2p.identity import Address, Membership
+from ollamamax_p2p.observability import EventFeed
+from ollamamax_p2p.transfer import Origin, Transfer, open_transfer
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a node runs while it is in one swarm."""
+
+    membership: Membership
+    host: PeerHost
+    cluster: Cluster | None
+    """None in an open swarm that this node has entered by an address: it is no member there."""
+    connections: Connections
+    discovery: Discovery
+    transfer: Transfer
+    catalogue: SharedCatalogue | None
+
+
+@asynccontextmanager
+async def open_session(
+    config: NodeConfig,
+    membership: Membership,
+    host: Libp2pHost,
+    store: BlobStore,
+    *,
+    origin: Origin | None,
+    feed: EventFeed,
+    rng: random.Random,
+    agent: str,
+    wall_clock: Callable[[], float],
+    on_swarm_key: Callable[[bytes], None],
+    announce: bool,
+) -> AsyncIterator[Session]:
+    """Everything above the host, opened in layer order, announcing what the store holds.
+
+    agent: what peers are told that we run.
+    on_swarm_key: called when the cluster has agreed on another key, and it is time to use it.
+    announce: have the cluster know this node's name and addresses.
+    Raises LocalTrouble: what `open_cluster` raises.
+    """
+    learned: list[Callable[[Sequence[Address]], None]] = []
+    # Links come before discovery, which dials through them, and tell it what they learn.
+
+    def on_addresses(addresses: Sequence[Address]) -> None:
+        for learn in learned:
+            learn(addresses)
+
+    async with (
+        _cluster(config, membership, host, rng, feed, wall_clock) as cluster,
+        open_connections(
+            host,
+            membership,
+            config.host,
+            rng=rng,
+            feed=feed,
+            agent=agent,
+            wall_clock=wall_clock,
+            on_addresses=on_addresses,
+            gate=cluster,
+        ) as connections,
+        _following(cluster, connections, on_swarm_key, announce),
+        open_discovery(
+            host,
+            connections,
+            membership.mdns_fingerprint(),
+            config.discovery,
+            data_dir=config.data_dir,
+            libp2p=host.libp2p,
+            rng=rng,
+            feed=feed,
+            wall_clock=wall_clock,
+            open_swarm=membership.is_open,
+        ) as discovery,
+        _catalogue(cluster) as catalogue,
+        open_transfer(
+            host,
+            store,
+            AgreedProviders(discovery.providers, catalogue, connections)
+            if catalogue
+            else discovery.providers,
+            config.transfer,
+            origin=origin,
+            connected_peers=lambda: [status.peer for status in connections.peers()],
+            rng=rng,
+            feed=feed,
+            wall_clock=wall_clock,
+            origin_settings=config.origin,
+            agreed_names=catalogue,
+            agreed_maps=catalogue,
+        ) as transfer,
+    ):
+        learned.append(discovery.learn)
+        yield Session(membership, host, cluster, connections, discovery, transfer, catalogue)
+
+
+@asynccontextmanager
+async def _cluster(
+    config: NodeConfig,
+    membership: Membership,
+    host: PeerHost,
+    rng: random.Random,
+    feed: EventFeed,
+    wall_clock: Callable[[], float],
+) -> AsyncIterator[Cluster | None]:
+    folder = cluster_folder(config.data_dir, membership.swarm_id)
+    if membership.is_open and not has_place(folder):
+        yield None
+        return
+    about = AboutThisNode(
+        peer=host.peer_id,
+        name=printable_name(config.name),
+        region=config.cluster.region,
+        may_vote=may_vote(config.cluster.voter, battery=has_battery()),
+    )
+    async with open_cluster(
+        folder,
+        host,
+        about,
+        membership.swarm_id,
+        membership.swarm_key,
+        config.consensus,
+        rng=rng,
+        feed=feed,
+        wall_clock=wall_clock,
+    ) as cluster:
+        yield cluster
+
+
+@asynccontextmanager
+async def _catalogue(cluster: Cluster | None) -> AsyncIterator[SharedCatalogue | None]:
+    if cluster is None:
+        yield None
+        return
+    async with open_shared_catalogue(cluster) as catalogue:
+        yield catalogue
+
+
+@asynccontextmanager
+async def _following(
+    cluster: Cluster | None,
+    connections: Connections,
+    on_swarm_key: Callable[[bytes], None],
+    announce: bool,
+) -> AsyncIterator[None]:
+    if cluster is None:
+        yield
+        return
+    async with cluster.following(connections, on_swarm_key, announce=announce):
+        yield
