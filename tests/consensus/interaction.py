@@ -295,6 +295,7 @@ class Interaction:
                 max_size_per_msg=NO_LIMIT,
                 rng=random.Random(number),
                 logger=self.output,
+                lead_before_own_vote=True,
                 **{"max_inflight_msgs": 2**31 - 1, **options},
             )
         except ValueError as error:

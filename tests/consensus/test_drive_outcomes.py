@@ -152,10 +152,8 @@ def test_nobody_hears_of_what_was_abandoned():
 def test_a_full_disk_takes_neither_commands_nor_changes_also_if_its_node_is_made_to_lead():
     drives = Drives(3)
     drive = drives.elect(1)
-    drives.idle_disks, drives.lost_types = {1}, {MessageType.TIMEOUT_NOW}
-    drive.propose(b"x")
-    drive.take_work()
-    drive.append_failed()
+    drives.lost_types = {MessageType.TIMEOUT_NOW}
+    drive.apply_failed()
     assert not drive.leads
     drive.step(Message(type=MessageType.TIMEOUT_NOW, to=1, from_=2, term=drive.term))
     drives.settle()

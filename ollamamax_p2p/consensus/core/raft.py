@@ -659,10 +659,12 @@ class Raft:
             self.become_follower(self.term, NOBODY)
         elif result is VoteResult.WON and pre:
             self._campaign(Campaign.ELECTION)
-        elif result is VoteResult.WON and self.id in self.tracker.votes:
+        elif result is VoteResult.WON and (
+            self.id in self.tracker.votes or self.config.lead_before_own_vote
+        ):
             # Not before our own vote is durable, also if those of others are enough: after a crash
             # we would not know that we led this term, could win it again, and give the indexes that
-            # we gave to entries before to others. (etcd's raft does not wait for it.)
+            # we gave to entries before to others.
             self.become_leader()
             self._broadcast_append()
 

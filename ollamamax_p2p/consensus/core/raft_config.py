@@ -70,6 +70,10 @@ class RaftConfig:
     step_down_on_removal: bool = False
     """A leader that is removed or made a learner becomes a follower once that is applied."""
 
+    lead_before_own_vote: bool = False
+    """Lead once the votes of others are enough, though this node's own is not durable yet. Unsafe
+    if a crash can lose what is being written; etcd's raft does so, its transcripts expect it."""
+
     logger: Logger = NoLogger()  # noqa: RUF009 - it is frozen
 
     trace: TraceSink | None = None
