@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import pytest
 
 from ollamamax_p2p.consensus.core.drive import (
+    _LATE_ROUNDS_MAX,
     Drive,
     Outcome,
     ReadKind,
@@ -187,6 +188,15 @@ def test_a_forwarded_proposal_that_is_not_taken_is_counted():
     assert drives[1].proposals_dropped == 1
 
 
+def test_a_leader_that_hands_over_counts_what_it_does_not_take():
+    drives = Drives(3)
+    drive = drives.elect(1)
+    drives.lost_types = {MessageType.TIMEOUT_NOW}
+    drive.transfer_leader(2)
+    drive.step(Message(type=MessageType.PROP, to=1, from_=2, entries=(Entry(0, 0),)))
+    assert drive.proposals_dropped == 1
+
+
 def test_of_a_command_that_was_forwarded_to_a_leader_of_old_nobody_knows():
     drives = Drives(3)
     drives.elect(1)
@@ -274,6 +284,20 @@ def test_a_read_that_the_leader_never_hears_of_ends_at_its_deadline():
     request = drives[2].read()
     drives.pass_time(SETTINGS.request_timeout_s + 0.1)
     assert isinstance(error_of(drives[2].take_outcomes(), request), DeadlineExceeded)
+
+
+def test_of_the_rounds_for_reads_that_nobody_answered_a_few_are_remembered():
+    drives = Drives(3)
+    drives.elect(1)
+    drives.lost_types = {MessageType.READ_INDEX}
+    for _ in range(_LATE_ROUNDS_MAX + 6):
+        drives[2].read()
+        drives.pass_time(1.1 * SETTINGS.election_ticks * SETTINGS.tick_s)
+    assert len(drives[2]._late_rounds) == _LATE_ROUNDS_MAX
+    drives.lost_types = set()
+    drives[2].read()
+    drives.pass_time(1.1 * SETTINGS.election_ticks * SETTINGS.tick_s)
+    assert [each.error for each in drives[2].take_outcomes()][-1] is None
 
 
 def test_a_read_without_a_leader_ends_with_that():

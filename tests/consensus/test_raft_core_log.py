@@ -11,6 +11,7 @@ from ollamamax_p2p.consensus.core.messages import (
     NO_LIMIT,
     ConfState,
     Entry,
+    EntryType,
     Snapshot,
     SnapshotMetadata,
     entry_size,
@@ -122,6 +123,13 @@ def test_nothing_of_an_old_term_is_committed_by_counting() -> None:
     assert not log.maybe_commit((0, 9))
     assert log.maybe_commit((2, 2))
     assert not log.maybe_commit((2, 2))
+
+
+@pytest.mark.parametrize("first", [1, 126, 2**14 - 2])
+def test_the_size_of_a_run_is_that_of_its_entries(first: int) -> None:
+    run = [Entry(1, index, EntryType.NORMAL, bytes(index % 3)) for index in range(first, first + 4)]
+    assert total_size(run) == sum(map(entry_size, run))
+    assert total_size([]) == 0
 
 
 def test_the_hint_of_a_log_that_begins_behind_a_snapshot() -> None:
