@@ -20,6 +20,7 @@ from ollamamax_p2p.consensus.state_machine import (
 from ollamamax_p2p.consensus.transport import Transport
 
 if TYPE_CHECKING:
+    from ollamamax_p2p.consensus import storage_work
     from ollamamax_p2p.consensus.file_log import FileLog, open_file_log
     from ollamamax_p2p.consensus.log_check import LogReport, check_log
     from ollamamax_p2p.consensus.ram_log import RamLog
@@ -56,6 +57,7 @@ __all__ = [
     "open_replica",
     "open_snapshot_streams",
     "open_stream_transport",
+    "storage_work",
 ]
 
 _HOME = {
@@ -77,6 +79,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "storage_work":
+        return import_module(f"{__name__}.storage_work")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from ollamamax_p2p.consensus import ConsensusSettings, LogStorage, storage_work
 from ollamamax_p2p.consensus.core.command import Command
 from ollamamax_p2p.consensus.core.drive import Drive, Write
 from ollamamax_p2p.consensus.core.messages import (
@@ -46,9 +47,6 @@ from ollamamax_p2p.consensus.core.messages import (
 from ollamamax_p2p.consensus.core.quorum import JointConfig
 from ollamamax_p2p.consensus.core.raft import Raft
 from ollamamax_p2p.consensus.core.sessions import SEQUENCE_FORGOTTEN, SESSION_ENDED
-from ollamamax_p2p.consensus.log_storage import LogStorage
-from ollamamax_p2p.consensus.settings import ConsensusSettings
-from ollamamax_p2p.consensus.storage_work import snapshot_index
 from ollamamax_p2p.testing.invariants import InvariantBroken
 from ollamamax_p2p.testing.key_value import (
     Acquire,
@@ -437,10 +435,10 @@ class RaftInvariants:
         stored = log.first_index() - 1
         if not first - 1 <= now.committed <= now.last or not now.applied <= now.committed:
             raise RaftInvariantBroken(8, f"node {node}: first {first}, {now}")
-        if not stored <= max(snapshot_index(log), 0) <= state.applied_index:
+        if not stored <= max(storage_work.snapshot_index(log), 0) <= state.applied_index:
             raise RaftInvariantBroken(
                 8,
-                f"node {node}: compacted {stored}, snapshot {snapshot_index(log)}, "
+                f"node {node}: compacted {stored}, snapshot {storage_work.snapshot_index(log)}, "
                 f"applied {state.applied_index}",
             )
         if state.applied_index < now.applied:

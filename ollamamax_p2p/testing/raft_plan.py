@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from ollamamax_p2p.consensus.settings import ConsensusSettings
+from ollamamax_p2p.consensus import ConsensusSettings
 
 LEADER = -1
 """In the place of a node's number: whoever leads the highest term then."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
-from ollamamax_p2p.consensus import storage_work
+from ollamamax_p2p.consensus import FileLog, bootstrap_log, open_file_log, storage_work
 from ollamamax_p2p.consensus.core.drive import (
     Apply,
     Drive,
@@ -48,8 +48,6 @@ from ollamamax_p2p.consensus.core.sessions import (
     SESSION_ENDED,
     ClientSession,
 )
-from ollamamax_p2p.consensus.file_log import FileLog, open_file_log
-from ollamamax_p2p.consensus.replica import bootstrap_log
 from ollamamax_p2p.errors import (
     BlobNotFound,
     LogSyncFailed,

@@ -54,7 +54,6 @@ BUDGET_S = 150
 """Real seconds for one fault and what follows, on a busy machine: a guard against hanging."""
 
 SETTINGS: dict[str, Any] = {
-    "give_up_s": 3.0,
     "quorum_timeout_s": 2.0,
     "request_timeout_s": 6.0,
     "snapshot_entries": 150,
