@@ -340,3 +340,21 @@ def test_what_is_for_a_leader_goes_no_further_from_one_that_is_none(kind):
     drive.step(Message(type=kind, to=1, from_=2, entries=entries))
     assert [each for each in drive.take_work().sends if each.from_ != 1] == []
     assert drive.messages_refused == 0
+
+
+@pytest.mark.parametrize("kind", [MessageType.APP, MessageType.VOTE, MessageType.PRE_VOTE])
+def test_nothing_piles_up_while_the_disk_finishes_no_write(kind):
+    """Also no answers, which leave when what they speak of is durable."""
+    settings = ConsensusSettings(max_inflight_messages=4)
+    drive = following(settings)
+    waiting = 0
+    for number in range(500):
+        # An election timeout's silence, or a vote is not considered at all.
+        if kind is not MessageType.APP:
+            for _ in range(settings.election_ticks):
+                drive.tick()
+        term = drive.term + (kind is not MessageType.APP)
+        at = {"log_term": 1, "index": 3 + (number if kind is not MessageType.APP else 0)}
+        drive.step(Message(type=kind, to=1, from_=3, term=term, commit=3, **at))
+        waiting += len(drive.take_work().appends)
+    assert waiting <= 4 * settings.max_inflight_messages

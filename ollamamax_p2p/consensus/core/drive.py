@@ -84,6 +84,7 @@ from ollamamax_p2p.errors import (
 )
 
 _TYPES_FOR_LEADER = frozenset({MessageType.PROP, MessageType.READ_INDEX})
+_TYPES_ANSWERED_WHEN_DURABLE = frozenset({MessageType.APP, MessageType.VOTE, MessageType.PRE_VOTE})
 _TYPES_FROM_LEADER = frozenset({MessageType.APP, MessageType.HEARTBEAT, MessageType.SNAP})
 _LOCAL_IDS = (LOCAL_APPEND_THREAD, LOCAL_APPLY_THREAD, NOBODY)
 
@@ -554,8 +555,8 @@ class Drive:
             # Forwarded once more it would come in another's name, which the next one refuses; its
             # sender asks again, and then whoever leads.
             self.proposals_dropped += 1
-        elif message.entries and message.type is MessageType.APP and self._is_behind_with_writes():
-            pass  # the leader sends it again; here it would only fill the memory
+        elif message.type in _TYPES_ANSWERED_WHEN_DURABLE and self._is_behind_with_writes():
+            pass  # it is sent again; here it, or the answer to it, would only fill the memory
         else:
             self._step(message)
 
