@@ -65,6 +65,7 @@ from ollamamax_p2p.errors import (
     DeadlineExceeded,
     NetworkTrouble,
     NoSources,
+    NotAdmitted,
     NotFound,
     OmxError,
     OriginTrouble,
@@ -558,7 +559,11 @@ class Node:
             await self._check_may_move()
             peers = await self._move(lambda: self._redeem(ticket))
         else:
-            peers = ticket.addresses
+            try:
+                return await self._met(ticket.addresses)
+            except NotAdmitted:
+                # It was removed and has not heard of it: nobody speaks to it any more.
+                peers = await self._move(lambda: self._redeem(ticket))
         return await self._met(peers)
 
     def _needs_admission(self, ticket: Ticket) -> bool:

@@ -97,6 +97,10 @@ the handshake before it, nobody guesses 128 bits, and a flood of bad ones must l
 STREAMS_PER_PEER = 4
 """Join streams of one peer: two after a simultaneous dial, two more while old ones die."""
 
+REFUSALS_TOLD_AFTER = 4
+"""The first may come of a member that has not heard of this one yet; after so many, some seconds
+have passed."""
+
 KEPT_PEERS_MAX = 256
 BOOK_PEERS_MAX = 1_024
 """Peers whose addresses are remembered, the least recently told forgotten first: about 1 MB."""
@@ -232,6 +236,8 @@ class _Kept:
     peer: PeerId
     addresses: tuple[Address, ...]
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    refusals: int = 0
+    """In a row."""
 
 
 class Connections:
@@ -884,6 +890,16 @@ class Connections:
     async def _reached(self, kept: _Kept) -> bool:
         try:
             await self.reach(_merged(kept.addresses, self._book.of(kept.peer)))
+            kept.refusals = 0
+        except NotAdmitted as error:
+            kept.refusals += 1
+            if kept.refusals == REFUSALS_TOLD_AFTER:
+                _log.warning(
+                    "%s; if this node has been removed from its swarm: `omx leave`, and a new "
+                    "ticket brings it back",
+                    error,
+                )
+            return False
         except (NetworkTrouble, PeerMisbehaved) as error:
             _log.info("%s", error)
             return False

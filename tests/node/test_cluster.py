@@ -207,6 +207,20 @@ async def test_a_ticket_for_one_is_used_once_whoever_is_asked_and_however_fast(t
         assert len((await a.cluster_status()).members) == 3
 
 
+async def test_who_was_removed_while_it_was_away_comes_back_by_a_ticket(tmp_path):
+    """It cannot hear of its removal, because nobody speaks to it any more."""
+    async with named_node(tmp_path / "a") as a:
+        async with named_node(tmp_path / "b") as b:
+            await b.join([await ticket_of(a)])
+            await status_is(b, lambda status: len(status.members) == 2)
+        await a.expel("b")
+        async with named_node(tmp_path / "b") as b:
+            assert a.peer_id not in linked_to(b)
+            await b.join([await ticket_of(a)])
+            await status_is(b, lambda status: status.leader == a.peer_id)
+            await status_is(a, lambda status: len(status.members) == 2)
+
+
 async def test_a_withdrawn_ticket_is_good_nowhere(tmp_path):
     async with named_node(tmp_path / "a") as a, named_node(tmp_path / "b") as b:
         ticket = await ticket_of(a)
