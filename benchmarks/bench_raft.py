@@ -526,7 +526,8 @@ BARS: list[tuple[str, Callable[[float], bool], str]] = [
     ("core alone, batches of 64, entries per s", lambda value: value >= 50_000, ">= 50,000"),
     ("ours / etcd, 64 in flight", lambda value: value >= 0.5, ">= 0.5"),
     *(
-        (f"ours / PySyncObj as it comes, {count} in flight", lambda value: value > 1, "> 1")
+        (f"ours / PySyncObj {mode}, {count} in flight", lambda value: value > 1, "> 1")
+        for mode in ("as it comes", "not batching")
         for count in IN_FLIGHT
     ),
 ]

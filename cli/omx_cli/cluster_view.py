@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 ANSWERS_S = 3.0
 """Who was heard of within this answers now: three times the longest election timeout."""
 
+MEMBER_LINES_MAX = 12
+"""In `omx status`, which has more to tell."""
+
 RUNBOOK = "docs/runbooks/lost-quorum.md"
 
 _COUNTS = ("none", "one", "two", "three", "four")
@@ -75,6 +78,18 @@ def cluster_line(status: "ClusterStatus") -> str:
     quorum = quorum_text(status).removeprefix("quorum: ").partition(";")[0]
     leads = f"{name_of(status, status.leader)} leads, term {status.term}"
     return f"{leads}, {quorum}" if voters else leads
+
+
+def member_lines(status: "ClusterStatus") -> list[str]:
+    """`omx status`, a line for each member: how it takes part, how far it is, when it was heard."""
+    shown = status.members[:MEMBER_LINES_MAX]
+    lines = [
+        f"{name_of(status, each.peer_id)}: {_role(each)}, lag {_lag(each, status)}, "
+        f"last contact {_contact(each, status, ())}"
+        for each in shown
+    ]
+    rest = len(status.members) - len(shown)
+    return [*lines, f"and {rest} more: `omx cluster status`"] if rest else lines
 
 
 def voters_of(status: "ClusterStatus") -> list["ClusterMember"]:

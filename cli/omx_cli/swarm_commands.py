@@ -186,11 +186,15 @@ def _status_rows(status: "NodeStatus") -> list[tuple[str, str]]:
 
 
 def _cluster_row(cluster: "ClusterStatus | None") -> list[tuple[str, str]]:
-    from omx_cli.cluster_view import cluster_line
+    from omx_cli.cluster_view import cluster_line, member_lines
 
     # None, or a member that has just started and has heard of nobody yet: nothing to say.
     is_known = cluster is not None and (cluster.has_quorum or cluster.last_contact_s is not None)
-    return [("cluster", cluster_line(cluster))] if cluster is not None and is_known else []
+    if cluster is None or not is_known:
+        return []
+    alone = len(cluster.members) < 2
+    lines = [] if alone or cluster.role == "removed" else member_lines(cluster)
+    return [("cluster", cluster_line(cluster)), *(("", line) for line in lines)]
 
 
 def invite(

@@ -600,6 +600,10 @@ class ClusterState:
         """The greatest time that a command carried, Unix seconds."""
         return self._view.clock
 
+    def ticket(self, secret_hash: bytes) -> IssuedTicket | None:
+        """The ticket with this hash of a secret; None if none was issued, or it was forgotten."""
+        return self._read(IssuedTicket, secret_hash.hex())
+
     def tickets(self) -> TicketsSummary:
         """How many invitations are open."""
         view = self._view

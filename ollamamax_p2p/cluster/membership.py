@@ -97,10 +97,12 @@ from ollamamax_p2p.errors import (
     NotFound,
     NotLeader,
     OmxError,
-    PeerMisbehaved,
     PeerNotFound,
     QuorumLost,
     StoreDamaged,
+    TicketExpired,
+    TicketUnknown,
+    TicketUsedUp,
 )
 from ollamamax_p2p.host import (
     ROSTER_MAX,
@@ -113,6 +115,7 @@ from ollamamax_p2p.host import (
 from ollamamax_p2p.identity import (
     Address,
     PeerId,
+    iso_time,
     parse_address,
     parse_peer_id,
 )
@@ -130,6 +133,8 @@ member should not wait."""
 
 ASK_LEADER_S = 2.0
 """For the leader to tell how far the others are; a status does not wait for a dead one."""
+
+COME_BACK = "`omx leave`, then join with a new ticket if it is to come back"
 
 KNOCKED_AT_MAX = 3
 """Members that a leaving node asks whether it still is one."""
@@ -372,6 +377,7 @@ class Cluster:
         """Make the peer a member by a ticket, once the cluster has agreed. Raises BadTicket, or
         NetworkTrouble if it cannot agree now.
         """
+        await self._check_ticket(_hash(secret), peer)
         done = await self.change(
             RedeemTicket(
                 secret_hash=_hash(secret),
@@ -381,6 +387,25 @@ class Cluster:
             )
         )
         return Admission(done.number, self._roster_for(peer), votes=done.text == VOTES)
+
+    async def _check_ticket(self, secret_hash: bytes, peer: PeerId) -> None:
+        """Refuse without a word to the log what it would refuse: who has no ticket must not be able
+        to make it grow. A read costs no write, and many share one.
+        """
+        state = self.state
+        ticket = state.ticket(secret_hash)
+        now = max(state.clock(), self._now())
+        if ticket is not None and not ticket.is_dead(now):
+            return
+        await self.read()
+        ticket, now = state.ticket(secret_hash), max(state.clock(), self._now())
+        if ticket is None:
+            raise TicketUnknown
+        if state.member(peer) is not None or not ticket.is_dead(now):
+            return
+        if now >= ticket.expires_at:
+            raise TicketExpired(iso_time(ticket.expires_at))
+        raise TicketUsedUp(ticket.uses)
 
     def _roster_for(self, newcomer: PeerId) -> tuple[tuple[PeerId, int], ...]:
         voters = set(self._replica.status().voters)
@@ -401,7 +426,10 @@ class Cluster:
         return result
 
     async def ask(self, command: AnyCommand) -> Result:
-        """The same, with the refusal as a value. Raises QuorumLost, ProposalDropped."""
+        """The same, with the refusal as a value. Raises QuorumLost, ProposalDropped; BadInput if
+        this node is a member no more.
+        """
+        self._check_not_removed()
         return decode_result(await self._replica.propose(encode_command(command)))
 
     async def issue_ticket(self, secret: bytes, *, uses: int, expires_at: int) -> None:
@@ -502,7 +530,11 @@ class Cluster:
             if set(status.voters) | set(status.learners) == {member.raft_id}:
                 raise BadInput(f"{peer} is the only member; nobody would be left")
             await self.change(UpdateMember(peer=peer, role="learner"))
-            await self._until_no_voter(member.raft_id)
+            try:
+                await self._until_no_voter(member.raft_id)
+            except DeadlineExceeded:
+                await self.change(UpdateMember(peer=peer, role=member.role))
+                raise
         await self.change(RemoveMember(peer=peer))
 
     async def _until_no_voter(self, raft_id: int) -> None:
@@ -658,16 +690,21 @@ class Cluster:
             return self._replica_lines()
         if leader is None:
             return ()
-        with trio.move_on_after(ASK_LEADER_S), suppress(NetworkTrouble, BadInput, PeerMisbehaved):
+        with trio.move_on_after(ASK_LEADER_S), suppress(OmxError):
             answer = await self._requests.ask(leader, LookAtReplicas())
             return answer.lines if isinstance(answer, Replicas) else ()
         return ()
 
     async def read(self) -> None:
         """Returns once `state` shows everything that anybody was told is done before this call.
-        Raises QuorumLost.
+        Raises QuorumLost; BadInput if this node is a member no more.
         """
+        self._check_not_removed()
         await self._replica.read()
+
+    def _check_not_removed(self) -> None:
+        if self.was_removed:
+            raise BadInput(f"this node has been removed from its cluster; {COME_BACK}")
 
     # -- tasks
 
@@ -779,10 +816,7 @@ class Cluster:
         if peer == self._about.peer:
             for other in self.state.members():
                 connections.forget(other)  # they would only refuse us, again and again
-            _log.error(
-                "this node has been removed from its cluster; `omx leave`, then join with a new "
-                "ticket if it is to come back"
-            )
+            _log.error("this node has been removed from its cluster; %s", COME_BACK)
             return
         _log.warning("%s is a member no more", peer)
         connections.expel(peer)

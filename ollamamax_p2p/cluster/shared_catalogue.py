@@ -79,7 +79,7 @@ class SharedCatalogue:
         try:
             with trio.move_on_after(READ_S):
                 await self._cluster.read()
-        except NetworkTrouble as error:
+        except (NetworkTrouble, BadInput) as error:  # BadInput: we are a member no more
             _log.info("reading the catalogue as it is here: %s", error)
         return self._cluster.state.tag(name)
 

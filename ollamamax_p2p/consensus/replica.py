@@ -79,6 +79,7 @@ from ollamamax_p2p.errors import (
     DeadlineExceeded,
     HistoryGone,
     NetworkTrouble,
+    NotFound,
     OutcomeUnknown,
     PeerMisbehaved,
     QuorumLost,
@@ -632,7 +633,7 @@ class Replica:
         try:
             if self._state_machine.applied_index < metadata.index:
                 await self._fetch_snapshot(message.from_, metadata)
-        except (NetworkTrouble, PeerMisbehaved, StoreFull) as error:
+        except (NetworkTrouble, NotFound, PeerMisbehaved, StoreFull) as error:
             _log.warning("no snapshot from member %d: %s", message.from_, error)
         except ValueError:
             # The state machine has come further meanwhile, and takes no step back.

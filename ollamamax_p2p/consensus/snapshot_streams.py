@@ -29,6 +29,7 @@ from ollamamax_p2p.errors import (
     MalformedMessage,
     NoSources,
     PeerGone,
+    PeerMisbehaved,
     StoreDamaged,
 )
 from ollamamax_p2p.host import ByteStream, MessageStream, PeerHost
@@ -236,10 +237,13 @@ class SnapshotStreams:
             await self._call(machine.install_snapshot, metadata, found.size, found.sha256)
         except StoreDamaged as error:
             _log.warning("the snapshot at %d is not what it should be: %s", metadata.index, error)
-            wrong_when_sent = sha256 is not None and sha256.digest() != found.sha256
-            if again and wrong_when_sent:
+            if again and sha256 is not None:
+                # All of it came now. Should it be our disk that changed it, we go on asking, and
+                # the log tells; a member must not be able to end us by what it sends.
+                is_another = sha256.digest() != found.sha256
+                why = "has another sha256" if is_another else f"cannot be used: {error}"
                 raise MalformedMessage(
-                    talk.peer, f"the snapshot it sent at {metadata.index} has another sha256"
+                    talk.peer, f"the snapshot it sent at {metadata.index} {why}"
                 ) from None
             if again:
                 raise
@@ -294,10 +298,10 @@ class SnapshotStreams:
                 await self._answer(talk, scope)
         except PeerGone as error:
             _log.info("%s", error)
-        except MalformedMessage as error:
+        except PeerMisbehaved as error:
             _log.warning("%s", error)
         finally:
-            if self._serving[peer] is scope:
+            if self._serving.get(peer) is scope:
                 del self._serving[peer]
             if self._outgoing.get(peer) is scope:
                 del self._outgoing[peer]

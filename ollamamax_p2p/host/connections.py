@@ -26,6 +26,7 @@ import trio
 
 from ollamamax_p2p.errors import (
     BadAddress,
+    BadInput,
     BadPeerId,
     BadTicket,
     LocalTrouble,
@@ -90,9 +91,12 @@ REFUSED_TICKETS_PER_PEER = 5
 REFUSED_TICKETS_MAX = 60
 REFUSED_TICKETS_WINDOW_S = 60.0
 """Within this time one peer, or all together, may show so many bad tickets before further bad ones
-are neither logged nor explained. A good one is honoured all the same: looking it up costs less than
-the handshake before it, nobody guesses 128 bits, and a flood of bad ones must lock nobody out.
+are neither logged nor explained. A good one is honoured all the same: nobody guesses 128 bits, and
+a flood of bad ones must lock nobody out.
 """
+
+REDEEMED_AT_ONCE_MAX = 16
+"""Tickets about which the gate is asked at the same time; the rest wait their turn."""
 
 STREAMS_PER_PEER = 4
 """Join streams of one peer: two after a simultaneous dial, two more while old ones die."""
@@ -276,6 +280,7 @@ class Connections:
             weakref.WeakValueDictionary()
         )
         self._parting: dict[PeerId, list[trio.Event]] = {}
+        self._redeeming = trio.CapacityLimiter(REDEEMED_AT_ONCE_MAX)
         self._nonce = 0
         self._closed = False
 
@@ -494,7 +499,8 @@ class Connections:
         talk = await self._open_talk(peer)
         try:
             welcome = await self._ask(talk, self._hello(membership), Welcome)
-            if welcome.swarm_id != membership.swarm_id:
+            # Asked once more: meanwhile it may have been removed.
+            if welcome.swarm_id != membership.swarm_id or not self._lets_in(peer):
                 await talk.send(Refused(reason=NOT_A_MEMBER))
                 raise PeerUnreachable(peer, "who answers there is no member of this swarm")
             self._host.admit(peer)
@@ -553,7 +559,10 @@ class Connections:
             if isinstance(answer, wanted):
                 return answer
             if isinstance(answer, Refused):
-                raise error_of(answer, talk.peer)
+                error = error_of(answer, talk.peer)
+                if isinstance(error, BadTicket) and not isinstance(question, Redeem):
+                    raise MalformedMessage(talk.peer, "it refuses a ticket that nobody showed")
+                raise error
             if answer is None:
                 raise PeerGone(talk.peer, "it ended the join conversation")
             raise MalformedMessage(talk.peer, f"it answered with {type(answer).__name__}")
@@ -645,6 +654,9 @@ class Connections:
             self._give_up(talk)
             return
         await talk.send(Pong(nonce=ready.nonce))
+        if not self._lets_in(peer):  # it was removed meanwhile
+            self._give_up(talk)
+            return
         self._learn(peer, hello.addresses, [])
         link = self._linked(peer, hello.agent)
         pulse = link.talks[talk] = _Pulse(trio.current_time())
@@ -702,7 +714,8 @@ class Connections:
         try:
             if self._gate is None or membership is None or request.swarm_id != membership.swarm_id:
                 raise TicketUnknown
-            admission = await self._gate.redeem(request.secret, peer, request.name)
+            async with self._redeeming:
+                admission = await self._gate.redeem(request.secret, peer, request.name)
         except BadTicket as error:
             now = trio.current_time()
             if not self._refusals.room_for(peer, now=now):
@@ -717,6 +730,9 @@ class Connections:
         except NetworkTrouble as error:
             _log.warning("cannot admit peer %s now: %s", peer, error)
             return Refused(reason=NO_QUORUM)
+        except BadInput as error:  # there are as many members as there may be
+            _log.error("cannot admit peer %s: %s", peer, error)
+            return Refused(reason=TROUBLE)
         return Granted(
             swarm_id=membership.swarm_id,
             peers=self._addresses_to_tell(peer),

@@ -348,7 +348,8 @@ class Libp2pHost:
             raise PeerGone(peer, f"it did not answer to {protocol}") from None
         except ProtocolNotSupportedError:
             raise NotAdmitted(peer, f"it does not speak {protocol} with this node") from None
-        except (BaseLibp2pError, OSError) as error:
+        except (BaseLibp2pError, OSError, ValueError) as error:
+            # ValueError: py-libp2p decodes what the peer answers as UTF-8, whatever it is.
             raise PeerGone(peer, _reason(error)) from error
         return self._stream(net_stream, peer, protocol)
 

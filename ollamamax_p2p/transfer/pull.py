@@ -14,6 +14,7 @@ from ollamamax_p2p.content.core.digest import Digest, short
 from ollamamax_p2p.content.core.manifest import Manifest
 from ollamamax_p2p.content.core.model_name import ModelName
 from ollamamax_p2p.errors import (
+    BadInput,
     BlobNotFound,
     ModelNotFound,
     NetworkTrouble,
@@ -148,7 +149,7 @@ class Pull:
                 return manifest
             try:
                 decided = await self._agreed.agree(self.name, manifest.digest, replaces=known)
-            except NetworkTrouble as error:
+            except (NetworkTrouble, BadInput) as error:
                 note = f"not agreed with the other members: {error}"
                 self._tell(PullProgress(status="pulling manifest", note=note))
                 return manifest

@@ -1,5 +1,6 @@
 """A snapshot's way from one member to another, and what interrupts it; on the simulated network."""
 
+import contextlib
 import hashlib
 import random
 from collections.abc import AsyncIterator
@@ -391,6 +392,34 @@ async def test_a_follower_that_asks_for_nonsense_is_told_nothing(
                 except PeerGone:
                     continue
         assert ours.bytes_sent == 0
+    assert swarm.state.open_readers == 0
+
+
+async def test_a_follower_that_announces_too_long_a_question_ends_its_stream_only(
+    autojump_clock, swarm: Swarm
+) -> None:
+    host = await swarm.follower("follower")
+    async with swarm.streams(swarm.sender, swarm.state):
+        stream = await host.open_stream(swarm.sender.peer_id, protocol_ids.RAFT_SNAPSHOT)
+        await stream.send_all(b"\xff\xff\xff\xff")
+        with trio.fail_after(5), contextlib.suppress(PeerGone):
+            assert await stream.receive_some() == b""
+        await ask_and_go(host, swarm.sender.peer_id)  # and it may ask again
+        await trio.sleep(1)
+        assert swarm.state.open_readers == 1
+
+
+async def test_a_stream_that_ends_before_the_one_it_replaced_does_no_harm(
+    autojump_clock, swarm: Swarm
+) -> None:
+    """The first is still giving its file back: a slow disk is enough."""
+    host = await swarm.follower("follower")
+    async with swarm.streams(swarm.sender, swarm.state) as ours:
+        stream = await ask_and_go(host, swarm.sender.peer_id)
+        await trio.sleep(0.5)
+        ours._serving.pop(host.peer_id)  # as if one that came later had ended already
+        await stream.aclose()
+        await trio.sleep(STALL_S + 1)
     assert swarm.state.open_readers == 0
 
 

@@ -10,9 +10,12 @@ import pytest
 import trio
 
 from ollamamax_p2p.errors import (
+    BadInput,
+    NetworkTrouble,
     NotAdmitted,
     OmxError,
     PeerGone,
+    PeerMisbehaved,
     PeerNotFound,
     PeerUnreachable,
     TicketExpired,
@@ -371,6 +374,50 @@ async def test_a_member_that_is_removed_is_thrown_out_and_stays_out(autojump_clo
     with pytest.raises(NotAdmitted, match="not proved that it is a member"):
         await removed.links.reach(member.host.addresses)
     assert not member.links.peers()
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "not_a_member", "other_swarm", "full", "busy", "trouble", "no_quorum", "ticket_unknown",
+        "ticket_expired", "ticket_used_up", "", "of a newer version",
+    ],
+)  # fmt: skip
+async def test_whatever_a_member_answers_to_a_hello_ends_nothing_but_the_attempt(
+    autojump_clock, swarm, members, reason
+):
+    member = await swarm.add("member", members())
+    rude = await swarm.stranger("rude")
+    swarm.members.add(rude.peer_id)
+    asked = []
+
+    async def refuse(stream: ByteStream) -> None:
+        talk = MessageStream(stream, sends=answerer_codec, receives=dialler_codec)
+        asked.append(await talk.receive())
+        await talk.send(Refused(reason=reason, expires_at=1, uses=1))
+
+    rude.set_handler(protocol_ids.JOIN, refuse, for_strangers=True)
+    with pytest.raises((NetworkTrouble, PeerMisbehaved)):
+        await member.links.reach(rude.addresses)
+    member.links.keep(rude.addresses)
+    await trio.sleep(10)
+    assert len(asked) > 1
+    other = await swarm.add("other", members())
+    await other.links.reach(member.host.addresses)  # it lives
+    assert other.linked_to() == {member.peer}
+
+
+async def test_a_cluster_that_has_no_room_for_one_more_says_so(autojump_clock, swarm):
+    founder = await swarm.add("founder", Membership.create(None))
+    ticket = swarm.issue(founder)
+
+    async def no_room(secret, peer, name):
+        raise BadInput("there are 10,000 members, the most there may be")
+
+    swarm.members.redeem = no_room
+    node = await swarm.add("node", None)
+    with pytest.raises(PeerUnreachable, match="cannot save"):
+        await node.links.redeem(ticket)
 
 
 async def test_a_member_that_one_node_does_not_know_yet_is_let_in_once_it_does(

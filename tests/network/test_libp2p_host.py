@@ -578,3 +578,22 @@ async def test_nothing_is_printed_and_the_swarm_key_is_in_no_log(alice, bob, cap
     for secret in (SWARM_KEY.hex(), repr(SWARM_KEY), hashlib.sha256(b"alice").hexdigest()):
         assert secret not in seen
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"\x03\xff\xfe\n", b"", b"\xff" * 20, b"\x13/multistream/1.0.0\n\x02\xff\n"],
+    ids=["no text", "nothing", "a huge length", "no protocol"],
+)
+async def test_whatever_a_peer_answers_to_a_new_stream_is_its_own_trouble(alice, bob, answer):
+    async def nonsense(net_stream) -> None:
+        if answer:
+            await net_stream.write(answer)
+            await trio.sleep_forever()  # so that all of it is read
+        await net_stream.reset()
+
+    await alice.connect(bob.addresses)
+    alice.admit(bob.peer_id)
+    bob.libp2p.get_network().set_stream_handler(nonsense)
+    with trio.fail_after(BUDGET_S), pytest.raises((PeerGone, NotAdmitted)):
+        await alice.open_stream(bob.peer_id, ECHO)

@@ -14,6 +14,7 @@ from ollamamax_p2p.cluster import cluster_folder
 from ollamamax_p2p.errors import (
     BadConfig,
     BadInput,
+    BadTicket,
     NetworkTrouble,
     NotAdmitted,
     NotFound,
@@ -21,7 +22,7 @@ from ollamamax_p2p.errors import (
     TicketUsedUp,
 )
 from ollamamax_p2p.host import HostSettings, open_libp2p_host
-from ollamamax_p2p.identity import format_ticket, parse_ticket
+from ollamamax_p2p.identity import format_ticket, parse_ticket, peer_id_of
 from ollamamax_p2p.node import forget_swarm
 from tests.node.nodes import heard, model_file, node_at, until, until_peers
 
@@ -205,6 +206,27 @@ async def test_a_ticket_for_one_is_used_once_whoever_is_asked_and_however_fast(t
         assert sorted(outcomes) == ["c", "d"]
         assert list(outcomes.values()).count(None) == 1
         assert len((await a.cluster_status()).members) == 3
+
+
+async def test_a_bad_ticket_writes_nothing_to_the_log(tmp_path):
+    async with named_node(tmp_path / "a") as a, named_node(tmp_path / "b") as b:
+        good = parse_ticket(await ticket_of(a))
+        await b.join([await ticket_of(a)])
+        await status_is(b, lambda status: len(status.members) == 2)
+        cluster = a._now.cluster
+        used = await ticket_of(a)
+        await cluster.redeem(parse_ticket(used).secret, good.addresses[0].peer, "a")  # a member
+        before = await settled(a)
+        for number in range(50):
+            with pytest.raises(BadTicket):
+                await cluster.redeem(number.to_bytes(16, "big"), peer_id_of(bytes(32)), "x")
+        assert (await a.cluster_status()).committed - before < 10
+
+
+async def settled(node: Node) -> int:
+    """The node's commit index, once nothing is told in the background any more."""
+    await trio.sleep(5)
+    return (await node.cluster_status()).committed
 
 
 async def test_who_was_removed_while_it_was_away_comes_back_by_a_ticket(tmp_path):

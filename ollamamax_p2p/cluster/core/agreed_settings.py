@@ -49,7 +49,9 @@ SETTINGS: Mapping[str, Setting] = {
         meaning="a learner silent for this long is expelled; 0: never",
     ),
     "copies_default": Setting(
-        default=2, choices=range(1, 65), meaning="copies of a model about which nobody said more"
+        default=2,
+        choices=range(1, 65),
+        meaning="copies of a model about which nobody said more; kept, and not acted on yet",
     ),
 }
 
