@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import secrets
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -72,6 +73,7 @@ from ollamamax_p2p.errors import (
     PeerUnreachable,
     PortInUse,
     StoreDamaged,
+    StoreFull,
     SwarmChanging,
     first_named,
     looks_like_ticket,
@@ -99,6 +101,9 @@ OnProgress = Callable[[PullProgress], None]
 
 _RENEWED_S = 60.0
 # A join or leave ends one session and opens another: two dials and a Kademlia start at most.
+
+ROOM_BESIDE_LOG_BYTES = 1024 * 1024
+"""For what else is written when a node begins in a cluster: its place, the state, the record."""
 
 RESIGN_S = 25.0
 """For the others to do without this node: its vote is handed on first."""
@@ -446,6 +451,7 @@ class Node:
         """
         way = _way_in(ticket_or_addresses)
         async with self._moving:
+            await self._check_room()
             if isinstance(way, Ticket):
                 return await self._join_by_ticket(way)
             return await self._join_by_addresses(way)
@@ -457,6 +463,7 @@ class Node:
         async with self._moving:
             if await self._is_alone():
                 return "not in a swarm"
+            await self._check_room()
             problem = await self._resign()
             await self._now.connections.leave()
             await self._move(self._start_alone)
@@ -608,6 +615,13 @@ class Node:
         session.connections.keep(first)
         session.discovery.learn(peers)
         return JoinReport(swarm_id=session.membership.swarm_id.hex(), peers=(reached,))
+
+    async def _check_room(self) -> None:
+        """Another swarm means another log. Raises StoreFull before anything has begun."""
+        needed = self.config.consensus.segment_bytes + ROOM_BESIDE_LOG_BYTES
+        usage = await trio.to_thread.run_sync(shutil.disk_usage, self.config.data_dir)
+        if usage.free < needed:
+            raise StoreFull(str(self.config.data_dir), needed, usage.free)
 
     async def _check_may_move(self) -> None:
         if not await self._is_alone():

@@ -4,9 +4,10 @@ Host, cluster, links, discovery, transfer. `node.Node` ends one session and open
 joins or leaves, or when the swarm's key is changed: another key means another host.
 """
 
+import logging
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from ollamamax_p2p.cluster import (
@@ -25,10 +26,13 @@ from ollamamax_p2p.cluster import (
 from ollamamax_p2p.config import NodeConfig
 from ollamamax_p2p.content import BlobStore
 from ollamamax_p2p.discovery import Discovery, open_discovery
-from ollamamax_p2p.host import Connections, Libp2pHost, PeerHost, open_connections
+from ollamamax_p2p.errors import StoreFull
+from ollamamax_p2p.host import ClosedGate, Connections, Libp2pHost, PeerHost, open_connections
 from ollamamax_p2p.identity import Address, Membership
 from ollamamax_p2p.observability import EventFeed
 from ollamamax_p2p.transfer import Origin, Transfer, open_transfer
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ class Session:
     membership: Membership
     host: PeerHost
     cluster: Cluster | None
-    """None in an open swarm that this node has entered by an address: it is no member there."""
+    """None in an open swarm that this node has entered by an address: it is no member there. Also
+    where the disk has no room for it, for the time of one command."""
     connections: Connections
     discovery: Discovery
     transfer: Transfer
@@ -64,7 +69,8 @@ async def open_session(
 
     agent: what peers are told that we run.
     on_swarm_key: called when the cluster has agreed on another key, and it is time to use it.
-    announce: have the cluster know this node's name and addresses.
+    announce: have the cluster know this node's name and addresses. Without it, for one command, the
+    session also does without the cluster where the disk is too full for that.
     Raises LocalTrouble: what `open_cluster` raises.
     """
     learned: list[Callable[[Sequence[Address]], None]] = []
@@ -75,7 +81,9 @@ async def open_session(
             learn(addresses)
 
     async with (
-        _cluster(config, membership, host, rng, feed, wall_clock) as cluster,
+        _cluster(
+            config, membership, host, rng, feed, wall_clock, may_be_without=not announce
+        ) as cluster,
         open_connections(
             host,
             membership,
@@ -85,7 +93,7 @@ async def open_session(
             agent=agent,
             wall_clock=wall_clock,
             on_addresses=on_addresses,
-            gate=cluster,
+            gate=cluster or (None if membership.is_open else ClosedGate()),
         ) as connections,
         _following(cluster, connections, on_swarm_key, announce),
         open_discovery(
@@ -130,6 +138,8 @@ async def _cluster(
     rng: random.Random,
     feed: EventFeed,
     wall_clock: Callable[[], float],
+    *,
+    may_be_without: bool,
 ) -> AsyncIterator[Cluster | None]:
     folder = cluster_folder(config.data_dir, membership.swarm_id)
     if membership.is_open and not has_place(folder):
@@ -141,17 +151,25 @@ async def _cluster(
         region=config.cluster.region,
         may_vote=may_vote(config.cluster.voter, battery=has_battery()),
     )
-    async with open_cluster(
-        folder,
-        host,
-        about,
-        membership.swarm_id,
-        membership.swarm_key,
-        config.consensus,
-        rng=rng,
-        feed=feed,
-        wall_clock=wall_clock,
-    ) as cluster:
+    async with AsyncExitStack() as stack:
+        opening = open_cluster(
+            folder,
+            host,
+            about,
+            membership.swarm_id,
+            membership.swarm_key,
+            config.consensus,
+            rng=rng,
+            feed=feed,
+            wall_clock=wall_clock,
+        )
+        try:
+            cluster = await stack.enter_async_context(opening)
+        except StoreFull as error:
+            if not may_be_without:
+                raise
+            _log.info("without the cluster: %s", error)
+            cluster = None
         yield cluster
 
 

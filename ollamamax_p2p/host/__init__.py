@@ -7,7 +7,7 @@ first use, because py-libp2p takes two seconds to import.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ollamamax_p2p.host.member_gate import ROSTER_MAX, Admission, MemberGate
+from ollamamax_p2p.host.member_gate import ROSTER_MAX, Admission, ClosedGate, MemberGate
 from ollamamax_p2p.host.message_stream import MessageStream
 from ollamamax_p2p.host.peer_host import (
     ByteStream,
@@ -39,6 +39,7 @@ __all__ = [
     "ROSTER_MAX",
     "Admission",
     "ByteStream",
+    "ClosedGate",
     "Connection",
     "Connections",
     "HostSettings",

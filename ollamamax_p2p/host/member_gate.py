@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from ollamamax_p2p.errors import TicketUnknown
 from ollamamax_p2p.identity import PeerId
 
 ROSTER_MAX = 64
@@ -37,3 +38,15 @@ class MemberGate(Protocol):
         Raises TicketUnknown, TicketExpired, TicketUsedUp, or NetworkTrouble if nothing can be
         agreed on now.
         """
+
+
+class ClosedGate:
+    """A gate that lets nobody in: where it cannot be known who is a member."""
+
+    def is_member(self, peer: PeerId) -> bool:
+        """See MemberGate."""
+        return False
+
+    async def redeem(self, secret: bytes, peer: PeerId, name: str) -> Admission:
+        """See MemberGate."""
+        raise TicketUnknown

@@ -24,6 +24,7 @@ from ollamamax_p2p.errors import (
 )
 from ollamamax_p2p.host import (
     ByteStream,
+    ClosedGate,
     Connections,
     HostSettings,
     LinkConditions,
@@ -405,6 +406,20 @@ async def test_whatever_a_member_answers_to_a_hello_ends_nothing_but_the_attempt
     other = await swarm.add("other", members())
     await other.links.reach(member.host.addresses)  # it lives
     assert other.linked_to() == {member.peer}
+
+
+async def test_a_closed_gate_lets_nobody_in(autojump_clock, swarm, members):
+    member = await swarm.add("member", members())
+    ticket = swarm.issue(member)
+    member.links._gate = ClosedGate()
+    other = await swarm.add("other", members())
+    with pytest.raises(NotAdmitted):
+        await other.links.reach(member.host.addresses)
+    with pytest.raises(PeerUnreachable, match="no member"):
+        await member.links.reach(other.host.addresses)
+    newcomer = await swarm.add("newcomer", None)
+    with pytest.raises(TicketUnknown):
+        await newcomer.links.redeem(ticket)
 
 
 async def test_a_cluster_that_has_no_room_for_one_more_says_so(autojump_clock, swarm):
