@@ -139,9 +139,9 @@ COME_BACK = "`omx leave`, then join with a new ticket if it is to come back"
 KNOCKED_AT_MAX = 3
 """Members that a leaving node asks whether it still is one."""
 
-KEY_CHANGE_S = 3.0
+KEY_CHANGE_S = 6.0
 """Between the agreement on a new swarm key and its use: the time in which every member that can be
-reached learns of it."""
+reached learns of it. Who was silent for half of that when the key was changed counts as away."""
 
 MEMBERS_KEPT_MAX = 255
 """Members that a node stays connected to, voters first: as many connections as `HostSettings` takes

@@ -723,9 +723,10 @@ async def test_a_dead_connection_beside_a_living_one_is_noticed(autojump_clock, 
     member = await swarm.add("member", membership)
     host = await swarm.stranger("bare")
     await host.connect(member.host.addresses)
+    swarm.members.add(host.peer_id)
     alive, dead = [await talk_as(host, member.peer) for _ in range(2)]
     for talk in (dead, alive):
-        await talk.send(hello(membership, membership.credential(host.peer_id)))
+        await talk.send(hello(membership))
         assert isinstance(await talk.receive(), Welcome)
         await talk.send(Ping(nonce=1))
         assert await talk.receive() == Pong(nonce=1)

