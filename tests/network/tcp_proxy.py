@@ -203,8 +203,8 @@ async def _swallow(stream: trio.SocketStream) -> None:
     try:
         while await stream.receive_some():
             pass
-    except trio.BrokenResourceError:
-        pass
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        pass  # closed by its end, or by a reset of ours
 
 
 def _reset(stream: trio.SocketStream) -> None:
