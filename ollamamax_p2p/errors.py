@@ -8,6 +8,9 @@
     │   ├── BadPeerId                not a peer id
     │   ├── BadAddress               not a multiaddr that can be dialled
     │   ├── BadModelFile             not a readable GGUF, safetensors or Modelfile
+    │   ├── BadRequest               an engine does not take a request as it is
+    │   │   └── ContextExceeded      it is longer than the model's context
+    │   ├── NotSupported             a model cannot do what is asked of it
     │   └── BadTicket                a ticket that will not be honoured
     │       ├── TicketMistyped       its checksum or shape is wrong
     │       ├── TicketExpired        its time is over
@@ -40,6 +43,11 @@
     │   ├── QuorumLost               too few voters answer to agree on anything
     │   ├── ProposalDropped          a command was not taken, and is not in the log
     │   ├── OutcomeUnknown           a command may have been applied, or may yet be
+    │   ├── BackendUnavailable       an engine does not answer, or ended meanwhile
+    │   ├── BackendFailed            an engine answered with a fault of its own
+    │   ├── CannotResume             nobody can go on with an answer that broke off
+    │   ├── QueueFull                too many requests wait already
+    │   ├── NoCandidate              no node that could answer can be reached now
     │   └── OriginTrouble            a registry could not be used
     │       ├── OriginUnavailable    it did not answer, or not sensibly
     │       └── OriginRefused        it answered no
@@ -172,6 +180,27 @@ class BadModelFile(BadInput):
         super().__init__(f"{where}: {problem}")
         self.where = where
         self.problem = problem
+
+
+class BadRequest(BadInput):
+    """An engine, or the router before it, does not take a request as it is."""
+
+
+class ContextExceeded(BadRequest):
+    """What is given is longer than the model's context."""
+
+    def __init__(self) -> None:
+        """Nothing else is to be told; the words are Ollama's."""
+        super().__init__("the input length exceeds the context length")
+
+
+class NotSupported(BadInput):
+    """A model cannot do what is asked of it."""
+
+    def __init__(self, model: str, what: str) -> None:
+        """model: as the user wrote it; what: the capability, "chat"; the words are Ollama's."""
+        super().__init__(f'"{model}" does not support {what}')
+        self.model, self.what = model, what
 
 
 class BadTicket(BadInput):
@@ -474,6 +503,52 @@ class OutcomeUnknown(NetworkTrouble):
             f"nobody knows whether the command takes effect: {reason}; look, then try again"
         )
         self.reason = reason
+
+
+class BackendUnavailable(NetworkTrouble):
+    """An engine does not answer, or ended meanwhile."""
+
+    def __init__(self, backend: str, problem: str) -> None:
+        """backend: its name; problem: what happened, and what to do."""
+        super().__init__(f"back end {backend} is not available: {problem}")
+        self.backend = backend
+
+
+class BackendFailed(NetworkTrouble):
+    """An engine answered with a fault of its own."""
+
+    def __init__(self, backend: str, problem: str) -> None:
+        """backend: its name; problem: what it said."""
+        super().__init__(f"back end {backend} failed: {problem}")
+        self.backend = backend
+
+
+class CannotResume(NetworkTrouble):
+    """An answer broke off midway and nobody can go on with it."""
+
+    def __init__(self, problem: str) -> None:
+        """problem: what broke it off, and why nobody can."""
+        super().__init__(f"the answer broke off: {problem}; ask again")
+
+
+class QueueFull(NetworkTrouble):
+    """Too many requests wait already."""
+
+    def __init__(self, limit: int, retry_after_s: float) -> None:
+        """limit: how many may wait; retry_after_s: when to try again."""
+        super().__init__(
+            f"{limit} requests are waiting already; try again in {retry_after_s:.0f} s"
+        )
+        self.limit, self.retry_after_s = limit, retry_after_s
+
+
+class NoCandidate(NetworkTrouble):
+    """The model is known, but no node that could answer can be reached now."""
+
+    def __init__(self, model: str, problem: str) -> None:
+        """model: as the user wrote it; problem: what is wrong with those that hold it."""
+        super().__init__(f"nobody can answer for '{model}' now: {problem}")
+        self.model = model
 
 
 class OriginTrouble(NetworkTrouble):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ollamamax_p2p.testing.faults import Fault, FaultKind, FaultSchedule, Lie
     from ollamamax_p2p.testing.invariants import InvariantBroken, Invariants, PullRecord
     from ollamamax_p2p.testing.lying_source import LyingSource
+    from ollamamax_p2p.testing.scripted_backend import Script, ScriptedBackend, whole_answer
     from ollamamax_p2p.testing.simulated_swarm import (
         NodeDied,
         SimulatedModel,
@@ -37,6 +38,8 @@ __all__ = [
     "LyingSource",
     "NodeDied",
     "PullRecord",
+    "Script",
+    "ScriptedBackend",
     "SimulatedModel",
     "SimulatedNode",
     "SimulatedSwarm",
@@ -46,6 +49,7 @@ __all__ = [
     "run_on_virtual_clock",
     "run_simulation",
     "small_steps",
+    "whole_answer",
 ]
 
 _HOME = {
@@ -58,6 +62,8 @@ _HOME = {
     "LyingSource": "lying_source",
     "NodeDied": "simulated_swarm",
     "PullRecord": "invariants",
+    "Script": "scripted_backend",
+    "ScriptedBackend": "scripted_backend",
     "SimulatedModel": "simulated_swarm",
     "SimulatedNode": "simulated_swarm",
     "SimulatedSwarm": "simulated_swarm",
@@ -67,6 +73,7 @@ _HOME = {
     "run_on_virtual_clock": "determinism",
     "run_simulation": "determinism",
     "small_steps": "simulated_swarm",
+    "whole_answer": "scripted_backend",
 }
 
 

@@ -1,0 +1,63 @@
+"""ServedInference: what the inference API needs of a node.
+
+`node.Node` implements it; the tests have a small one in RAM over `testing.ScriptedBackend`. Names
+are taken as users write them; every method raises OmxErrors only.
+"""
+
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from ollamamax_p2p.inference import LoadedModel, ServableModel
+from ollamamax_p2p.inference.core.requests import Embeddings, EmbedRequest, Options, TextRequest
+from ollamamax_p2p.router import Answer, Call, Server
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmModel:
+    """A model that somebody in the swarm can run."""
+
+    model: ServableModel
+    holders: tuple[Server, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningModel:
+    """A model in the memory of some node."""
+
+    model: LoadedModel
+    server: Server
+
+
+class ServedInference(Protocol):
+    """The swarm as something that answers."""
+
+    def answer(self, request: TextRequest, call: Call) -> AbstractAsyncContextManager[Answer]:
+        """Entered once the first part has arrived: until then failures are retried unseen. Leaving
+        the block earlier stops the engine, wherever it is.
+
+        Raises ModelNotFound, NotSupported, BadRequest (the caller's), QueueFull, NoCandidate,
+        DeadlineExceeded, BackendUnavailable, BackendFailed.
+        """
+
+    async def embed(self, request: EmbedRequest, call: Call) -> tuple[Embeddings, Server]:
+        """Raises as `answer`."""
+
+    async def load(
+        self,
+        model: str,
+        call: Call,
+        *,
+        keep_alive_s: float | None = None,
+        options: Options | None = None,
+    ) -> Server:
+        """Have the model in memory where it fits best. Raises as `answer`."""
+
+    async def unload(self, model: str) -> None:
+        """Have it out of memory on every node. Raises ModelNotFound."""
+
+    async def swarm_models(self) -> tuple[SwarmModel, ...]:
+        """What anybody in the swarm can run, by name, newest first."""
+
+    async def running_models(self) -> tuple[RunningModel, ...]:
+        """What is in memory anywhere, the one that stays longest first."""

@@ -1,0 +1,9 @@
+"""Which node and back end answers a request: queue, choose, send, stream back, fail over.
+
+Runs no model itself (`inference` does) and speaks no HTTP. Start at `dispatch`; `core` has what is
+decided.
+"""
+
+from ollamamax_p2p.router.call import Answer, Call, QueuePlace, Server
+
+__all__ = ["Answer", "Call", "QueuePlace", "Server"]
