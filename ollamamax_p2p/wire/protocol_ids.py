@@ -25,6 +25,12 @@ RAFT_SNAPSHOT = "/omx/raft-snapshot/1"
 CLUSTER = "/omx/cluster/1"
 """What a member asks of the cluster's leader and the log has no place for."""
 
+FORWARD = "/omx/forward/1"
+"""Requests to another node's back ends, and the answers as they come."""
+
+LOAD = "/omx/load/1"
+"""What nodes tell one another of their models and how busy they are."""
+
 DHT_PREFIX = "/omx"
 """Kademlia's prefix (`/omx/kad/1.0.0`), so that a node never wanders into the public IPFS network.
 """
