@@ -59,10 +59,13 @@ class RouterSettings:
     Ollama wait for ten minutes or so for a model to load.
     """
 
-    first_part_timeout_s: float = 120.0
-    """A candidate that gives nothing for this long counts as hanging, if what is expected of it is
-    less; a large model on a slow disk loads for a minute.
+    first_part_timeout_s: float = 30.0
+    """A candidate that gives nothing for this long counts as hanging, if twice what is expected of
+    it is less.
     """
+
+    load_timeout_s: float = 300.0
+    """The same where the model must be loaded first: 70 GB from a slow disk."""
 
     next_part_timeout_s: float = 30.0
     """An answer that began and gives nothing for this long has broken off. Slow processors need
@@ -147,8 +150,8 @@ class RouterSettings:
     stays where it is. Engines keep it until they need the room.
     """
 
-    affinity_entries_max: int = 100_000
-    """Prefixes and sessions that are remembered; some 20 MB."""
+    affinity_entries_max: int = 50_000
+    """Prefixes that are remembered, and sessions: 5,000 conversations; some 20 MB."""
 
     bounded_load: float = 1.25
     """prefix_affinity gives no candidate more than this times its fair share. Source: Mirrokni,

@@ -26,6 +26,8 @@ class Candidate:
     loaded: bool = True
     loading: bool = False
     """It is being loaded: soon there, but not yet."""
+    ring: int = 0
+    """Its place for consistent hashing: 64 bits of peer and back end."""
     slots: int = 1
     """Requests that it works on at once; at least 1."""
     others: float = 0.0
@@ -33,7 +35,7 @@ class Candidate:
     outstanding: int = 0
     """Requests from here that it has."""
     ttft_s: float = 0.0
-    """Until the first part where nothing waits and nothing must be read: its fixed cost."""
+    """Until the first part, apart from waiting, loading and reading the prompt."""
     prefill_tps: float = 500.0
     decode_tps: float = 20.0
     load_s: float = 10.0
@@ -51,8 +53,14 @@ class Candidate:
     fits: bool = True
     """Whether its free memory takes the model as it is, without another being unloaded."""
     memory_free: int = 0
-    """Bytes."""
+    """Bytes; of them, `size` is what the model would take."""
+    size: int = 0
     can_resume: bool = False
+
+    @property
+    def capacity(self) -> float:
+        """Its slots, as far as they are believed: who claims many and is late has fewer."""
+        return max(1.0, self.slots / max(1.0, self.slowdown))
 
     @property
     def load(self) -> float:
@@ -64,12 +72,12 @@ class Candidate:
         """Requests per slot if it got one more; grows with its slowdown, so that who claims to be
         idle and is not gets no more than its answers deserve.
         """
-        return (self.load + 1) / self.slots * self.slowdown
+        return (self.load + 1) / self.slots * max(1.0, self.slowdown)
 
     @property
     def has_slot(self) -> bool:
         """Whether one more request would be worked on at once."""
-        return self.load + 1 <= self.slots
+        return self.load + 1 <= self.capacity
 
 
 class PrefixPoint(NamedTuple):
@@ -96,6 +104,8 @@ class RequestFacts:
     """An estimate, at most what num_predict allows."""
     prefix: tuple[PrefixPoint, ...] = ()
     """Shortest first; the last covers the whole conversation so far."""
+    root: int = 0
+    """The hash of what a conversation never loses: up to its first user message. 0: none."""
     session: str = ""
     region: str = ""
     """Of the node that asks."""
@@ -105,7 +115,7 @@ class RequestFacts:
     strategy: str = ""
     """"": as the settings say for this kind."""
     needs: tuple[str, ...] = ()
-    """Capabilities: completion, embedding, tools, vision, insert, thinking."""
+    """Capabilities: completion, embedding, tools, insert, thinking."""
     can_move: bool = True
     """Whether an answer that began may go on elsewhere: plain text may; tool calls and forced
     JSON may not.

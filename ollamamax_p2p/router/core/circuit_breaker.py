@@ -87,7 +87,7 @@ class CircuitBreaker:
 
     def _open(self, now: float) -> None:
         backoff_s = min(
-            self._settings.breaker_backoff_s * 2 ** min(self._openings, 30),
+            self._settings.breaker_backoff_s * 2.0 ** min(self._openings, 30),
             self._settings.breaker_backoff_max_s,
         )
         # Up to a quarter less, so that many nodes do not probe at the same moment.

@@ -12,6 +12,7 @@ from ollamamax_p2p.errors import (
     BackendFailed,
     BackendUnavailable,
     BadInput,
+    CannotResume,
     DeadlineExceeded,
     ModelNotFound,
     NoCandidate,
@@ -34,7 +35,9 @@ _BLAME: dict[type[OmxError], tuple[Blame, bool]] = {
     PeerUnreachable: ("candidate", True),
     PeerMisbehaved: ("candidate", True),
     NotAdmitted: ("candidate", True),
-    # What we know of it is old: it has the model no more, is full, or leaves the swarm.
+    # What we know of it is wrong: it cannot go on with this,
+    # has the model no more, is full, or leaves the swarm.
+    CannotResume: ("nobody", True),
     ModelNotFound: ("nobody", True),
     NoCandidate: ("nobody", True),
     QueueFull: ("nobody", True),
@@ -90,4 +93,4 @@ def backoff_s(attempt: int, *, first_s: float, rng: random.Random) -> float:
     """
     if attempt <= 1:
         return 0.0
-    return rng.random() * first_s * 2 ** min(attempt - 2, 6)
+    return rng.random() * first_s * 2.0 ** min(attempt - 2, 6)

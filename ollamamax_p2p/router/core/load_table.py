@@ -11,6 +11,7 @@ Which models a node could run changes seldom and is long, so a report carries on
 list; who lacks that version asks whoever told them.
 """
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -175,6 +176,8 @@ class Holder:
     peer: str
     backend: str
     servable: ServableModel
+    ring: int
+    """Its place for consistent hashing, the same on every node."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -576,8 +579,9 @@ class LoadTable:
         self._bytes += entry.pages_bytes
         self._asked.pop(peer, None)
         for backend in models:
+            ring = ring_place(peer, backend.name)
             for model in backend.models:
-                holder = Holder(peer=peer, backend=backend.name, servable=model)
+                holder = Holder(peer=peer, backend=backend.name, servable=model, ring=ring)
                 key = (peer, backend.name)
                 self._holders.setdefault(model_key(model.name), {})[key] = holder
 
@@ -619,6 +623,12 @@ def model_key(name: str) -> str:
         return parse_model_name(name).key
     except BadName:
         return name.casefold()
+
+
+def ring_place(peer: str, backend: str) -> int:
+    """64 bits by which an engine stands on every node's ring."""
+    drawn = hashlib.blake2b(f"{peer}\0{backend}".encode(), digest_size=8).digest()
+    return int.from_bytes(drawn, "big")
 
 
 def _at(report: LoadReport) -> tuple[int, int]:

@@ -5,10 +5,11 @@ requests; quantiles are of the last samples. Bounded: the candidate that was use
 forgotten first.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from ollamamax_p2p.router.core.candidate import Candidate, CandidateKey
+from ollamamax_p2p.router.core.candidate import CandidateKey
 
 FORGET = 0.2
 """What the newest sample counts: ten samples later, an old one counts a tenth of that."""
@@ -21,6 +22,13 @@ CANDIDATES_MAX = 8_192
 
 TRUSTED = 2.0
 """So many samples of ours count as much as a node's own claim."""
+
+SLACK_S = 0.25
+"""Added to both sides of that comparison: a network's variation should not look like a slow engine.
+"""
+
+SLOWDOWN_HALF_LIFE_S = 30.0
+"""Of the slowdown of a candidate that is not asked."""
 
 SLOWDOWN_MAX = 50.0
 """However late a candidate was, it is tried again some day: others have queues too."""
@@ -56,7 +64,15 @@ class Speed:
     load_s: Average = field(default_factory=Average)
     slowdown: Average = field(default_factory=Average)
     """Measured against foretold; 1: as foretold."""
-    recent_ttft_s: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+    slowdown_at: float = 0.0
+    """When that was measured the last time."""
+
+    def slowdown_now(self, *, now: float) -> float:
+        """Nearer to 1 the longer ago it was measured, so that who was late gets another chance."""
+        if not self.slowdown.count:
+            return 1.0
+        faded = math.exp2((self.slowdown_at - now) / SLOWDOWN_HALF_LIFE_S)
+        return 1.0 + (self.slowdown.value - 1.0) * faded
 
 
 class Measurements:
@@ -80,17 +96,22 @@ class Measurements:
         }
 
     def first_part(
-        self, candidate: Candidate, model: str, *, took_s: float, foretold_s: float
+        self,
+        key: CandidateKey,
+        *,
+        took_s: float,
+        foretold_s: float,
+        now: float,
     ) -> None:
-        """A first part came. model: as the request names it; foretold_s: when it was expected."""
-        speed = self._touch(candidate.key)
+        """A first part came; foretold_s: what was expected."""
+        speed = self._touch(key)
         speed.ttft_s.add(took_s)
-        speed.recent_ttft_s.append(took_s)
-        ratio = took_s / max(foretold_s, 0.001)
+        ratio = (took_s + SLACK_S) / (foretold_s + SLACK_S)
         speed.slowdown.add(min(max(ratio, 1 / SLOWDOWN_MAX), SLOWDOWN_MAX))
-        recent = self._models.pop(model, None)
-        self._models[model] = recent if recent is not None else deque(maxlen=SAMPLES)
-        self._models[model].append(took_s)
+        speed.slowdown_at = now
+        recent = self._models.pop(key.model, None)
+        self._models[key.model] = recent if recent is not None else deque(maxlen=SAMPLES)
+        self._models[key.model].append(took_s)
         if len(self._models) > CANDIDATES_MAX:
             del self._models[next(iter(self._models))]
 

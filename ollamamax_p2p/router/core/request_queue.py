@@ -79,6 +79,11 @@ class RequestQueue:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._entries
 
+    def count(self, lane: str) -> int:
+        """How many wait in a lane."""
+        found = self._lanes.get(lane)
+        return sum(len(line) for line in found.waiting.values()) if found is not None else 0
+
     def lanes(self) -> list[str]:
         """Those in which somebody waits."""
         return list(self._lanes)
@@ -92,10 +97,11 @@ class RequestQueue:
         priority: int,
         cost: float,
         begin_by: float,
+        interval_s: float | None,
         now: float,
     ) -> QueuePlace:
         """Let it wait. cost: the work it is, in any unit, more than 0; begin_by: on the clock of
-        `now`.
+        `now`; interval_s: a guess of the time between two takes, until it is measured.
 
         Raises QueueFull; DeadlineExceeded if by all that is known it cannot be begun in time.
         """
@@ -116,7 +122,7 @@ class RequestQueue:
             begin_by=begin_by,
             number=self._number,
         )
-        self._add(entry)
+        self._add(entry, interval_s)
         place = self.place(request_id, now=now)
         assert place is not None
         if now >= begin_by or (place.eta_s is not None and now + place.eta_s > begin_by):
@@ -124,12 +130,17 @@ class RequestQueue:
             raise DeadlineExceeded("waiting for a free engine", max(begin_by - now, 0.0))
         return place
 
-    def take(self, lane: str, *, now: float) -> int | None:
-        """The next of a lane, which waits no more; None if nobody does. Call `expire` before."""
+    def peek(self, lane: str, *, now: float) -> int | None:
+        """The next of a lane; None if nobody waits there."""
         found = self._lanes.get(lane)
-        entry = next(self._in_order(found, now), None) if found is not None else None
-        if found is None or entry is None:
+        return next(self._in_order(found, now)).id if found is not None else None
+
+    def take(self, lane: str, *, now: float) -> int | None:
+        """The same, and it waits no more. Call `expire` before."""
+        found = self._lanes.get(lane)
+        if found is None:
             return None
+        entry = next(self._in_order(found, now))
         found.now = max(found.now, found.virtual.get(entry.user, 0.0))
         found.virtual[entry.user] = found.now + entry.cost
         if found.taken_at is not None:
@@ -188,9 +199,9 @@ class RequestQueue:
             for position, entry in enumerate(self._in_order(lane, now), 1)
         }
 
-    def _add(self, entry: _Waiting) -> None:
+    def _add(self, entry: _Waiting, interval_s: float | None) -> None:
         self._entries[entry.id] = entry
-        lane = self._lanes.setdefault(entry.lane, _Lane())
+        lane = self._lanes.setdefault(entry.lane, _Lane(interval_s=interval_s))
         lane.waiting.setdefault((entry.priority, entry.user), deque()).append(entry)
         self._per_user[entry.user] = self._per_user.get(entry.user, 0) + 1
 
@@ -237,9 +248,8 @@ class RequestQueue:
         found = self._lanes.get(lane)
         if found is None or found.interval_s is None:
             return RETRY_AFTER_S
-        waiting = sum(len(line) for line in found.waiting.values())
         # When half of them are gone there is room, even for many who were told the same.
-        return min(max(found.interval_s * waiting / 2, RETRY_AFTER_S), RETRY_AFTER_S_MAX)
+        return min(max(found.interval_s * self.count(lane) / 2, RETRY_AFTER_S), RETRY_AFTER_S_MAX)
 
 
 def _place(lane: _Lane, position: int) -> QueuePlace:
