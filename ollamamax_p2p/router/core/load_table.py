@@ -15,6 +15,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Annotated
 
 import msgspec
@@ -180,7 +181,7 @@ class Holder:
     """Its place for consistent hashing, the same on every node."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)  # No slots: what is computed when it is needed is kept in the instance.
 class KnownNode:
     """A node as this one knows it. Not to be changed from outside."""
 
@@ -199,10 +200,29 @@ class KnownNode:
     pages: dict[int, ModelsReport] = field(default_factory=dict)
     """Those of the version that is known, or on its way."""
     pages_bytes: int = 0
-    backends: Mapping[str, BackendLoad] = field(default_factory=dict)
-    loaded: Mapping[tuple[str, str], LoadedModel] = field(default_factory=dict)
-    """By back end and model, as `model_key` has it; `speeds` too."""
-    speeds: Mapping[tuple[str, str], ModelSpeed] = field(default_factory=dict)
+
+    @cached_property
+    def backends(self) -> Mapping[str, BackendLoad]:
+        """By name."""
+        return {backend.name: backend for backend in self.report.backends}
+
+    @cached_property
+    def loaded(self) -> Mapping[tuple[str, str], LoadedModel]:
+        """By back end and `model_key`."""
+        return {
+            (backend.name, model_key(model.name)): model
+            for backend in self.report.backends
+            for model in backend.loaded
+        }
+
+    @cached_property
+    def speeds(self) -> Mapping[tuple[str, str], ModelSpeed]:
+        """By back end and `model_key`."""
+        return {
+            (backend.name, model_key(speed.model)): speed
+            for backend in self.report.backends
+            for speed in backend.speeds
+        }
 
     @property
     def wanted(self) -> tuple[int, int]:
@@ -237,6 +257,8 @@ class LoadTable:
         """Of whom there is news to tell, and for how many rounds more."""
         self._told_own_at: float | None = None
         self._own_changed = False
+        self._own_known = False
+        """Whether `tell` was ever called."""
         self._asked: dict[str, float] = {}
         """Whose models were asked for, and when."""
         self._forgotten: dict[str, tuple[int, int, float]] = {}
@@ -264,6 +286,7 @@ class LoadTable:
 
         What is too long for a report is left out of it: the last of the loaded models first.
         """
+        self._own_known = True
         own = self._nodes[self.peer]
         old = own.report
         new = LoadReport(
@@ -329,6 +352,8 @@ class LoadTable:
         period_s = self.period_s()
         if not self._own_changed:
             period_s = max(period_s, self._settings.heartbeat_s)
+        if not self._own_known:
+            return
         if self._told_own_at is not None and now - self._told_own_at < period_s:
             return
         own = self._nodes[self.peer]
@@ -395,8 +420,11 @@ class LoadTable:
         if report.peer == self.peer:
             self._refute(report)
             return
-        entry = _entry(report, made_at=now - aged.age_s, direct=via == report.peer, via=via)
-        if not self._is_news(entry, now) or not self._has_room_for(entry, now):
+        direct = via == report.peer
+        if not self._is_news(report, direct) or aged.age_s > self._settings.dead_s:
+            return
+        entry = _entry(report, made_at=now - aged.age_s, direct=direct, via=via)
+        if entry.bytes > REPORT_BYTES_MAX or not self._has_room_for(entry, now):
             return
         old = self._nodes.get(report.peer)
         if old is not None:
@@ -421,21 +449,15 @@ class LoadTable:
             own.models_at = own.wanted
             self._own_changed = True
 
-    def _is_news(self, entry: KnownNode, now: float) -> bool:
-        report = entry.report
-        if not self._is_member(report.peer) or entry.bytes > REPORT_BYTES_MAX:
-            return False
-        if now - entry.made_at > self._settings.dead_s:
-            return False
-        if report.peer in self._forgotten:
-            epoch, sequence, _ = self._forgotten[report.peer]
-            if _at(report) <= (epoch, sequence):
-                return False
+    def _is_news(self, report: LoadReport, direct: bool) -> bool:
         old = self._nodes.get(report.peer)
-        if old is None or _at(report) > _at(old.report):
-            return True
-        # What a node says itself beats whatever others say in its name.
-        return entry.direct and not old.direct and report != old.report
+        if old is not None:
+            # What a node says itself beats whatever others say in its name.
+            corrects = direct and not old.direct and report != old.report
+            return _at(report) > _at(old.report) or corrects
+        if report.peer in self._forgotten and _at(report) <= self._forgotten[report.peer][:2]:
+            return False
+        return self._is_member(report.peer)
 
     def _has_room_for(self, entry: KnownNode, now: float) -> bool:
         old = self._nodes.get(entry.report.peer)
@@ -615,6 +637,7 @@ class LoadTable:
         self._asked.pop(peer, None)
 
 
+@lru_cache(maxsize=8_192)
 def model_key(name: str) -> str:
     """The same for every spelling of a model's name; names that Ollama would not take (an OpenAI
     engine may have such) are compared as they are, but for upper and lower case.
@@ -646,17 +669,6 @@ def _entry(report: LoadReport, *, made_at: float, direct: bool, via: str) -> Kno
         direct=direct,
         via=via,
         bytes=len(msgspec.msgpack.encode(report)),
-        backends={backend.name: backend for backend in report.backends},
-        loaded={
-            (backend.name, model_key(model.name)): model
-            for backend in report.backends
-            for model in backend.loaded
-        },
-        speeds={
-            (backend.name, model_key(speed.model)): speed
-            for backend in report.backends
-            for speed in backend.speeds
-        },
     )
 
 
