@@ -5,28 +5,10 @@ are taken as users write them; every method raises OmxErrors only.
 """
 
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
-from ollamamax_p2p.inference import LoadedModel, ServableModel
 from ollamamax_p2p.inference.core.requests import Embeddings, EmbedRequest, Options, TextRequest
-from ollamamax_p2p.router import Answer, Call, Server
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SwarmModel:
-    """A model that somebody in the swarm can run."""
-
-    model: ServableModel
-    holders: tuple[Server, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunningModel:
-    """A model in the memory of some node."""
-
-    model: LoadedModel
-    server: Server
+from ollamamax_p2p.router import Answer, Call, RunningModel, Server, SwarmModel
 
 
 class ServedInference(Protocol):

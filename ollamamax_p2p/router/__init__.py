@@ -4,6 +4,13 @@ Runs no model itself (`inference` does) and speaks no HTTP. Start at `dispatch`;
 decided.
 """
 
-from ollamamax_p2p.router.call import Answer, Call, QueuePlace, Server
+from ollamamax_p2p.router.call import (
+    Answer,
+    Call,
+    QueuePlace,
+    RunningModel,
+    Server,
+    SwarmModel,
+)
 
-__all__ = ["Answer", "Call", "QueuePlace", "Server"]
+__all__ = ["Answer", "Call", "QueuePlace", "RunningModel", "Server", "SwarmModel"]

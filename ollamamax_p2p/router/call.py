@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ollamamax_p2p.inference import LoadedModel, ServableModel
 from ollamamax_p2p.inference.core.requests import Part
 
 
@@ -43,6 +44,22 @@ class Server:
     node: str
     """The node's name."""
     backend: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmModel:
+    """A model that somebody in the swarm can run."""
+
+    model: ServableModel
+    holders: tuple[Server, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningModel:
+    """A model in the memory of some node."""
+
+    model: LoadedModel
+    server: Server
 
 
 class Answer(Protocol):

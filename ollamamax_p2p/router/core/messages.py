@@ -64,13 +64,6 @@ class ShowRequest(Message, tag="show", frozen=True, kw_only=True):
     verbose: bool = False
 
 
-class Queued(Message, tag="queued", frozen=True, kw_only=True):
-    """The request waits. position: 1 is the next; eta_s: None while nothing is measured."""
-
-    position: Annotated[int, Meta(ge=1, lt=2**31)]
-    eta_s: float | None = None
-
-
 class Begun(Message, tag="begun", frozen=True, kw_only=True):
     """A back end works on it."""
 
@@ -88,7 +81,7 @@ class Shown(Message, tag="shown", frozen=True, kw_only=True):
 
 
 AnyAsk = GenerateRequest | ChatRequest | EmbedRequest | LoadRequest | UnloadRequest | ShowRequest
-Event = Queued | Begun | Delta | Finish | Embeddings | Done | Shown
+Event = Begun | Delta | Finish | Embeddings | Done | Shown
 
 
 class Terms(Message, tag="terms", frozen=True, kw_only=True, omit_defaults=True):
