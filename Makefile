@@ -65,7 +65,7 @@ prerequisites:
 $(VENV)/.installed: pyproject.toml | prerequisites
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing ollamamax-p2p into $(VENV) (a minute; one dependency is compiled)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . || { echo "make: installation failed; the lines above say why (no network? then retry when there is one)"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[engine]' || { echo "make: installation failed; the lines above say why (no network? then retry when there is one)"; exit 1; }
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
