@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 _ENCODER = msgspec.json.Encoder()
+_SORTING_ENCODER = msgspec.json.Encoder(order="deterministic")
 
 _ESCAPES = (
     (b"<", rb"\u003c"),
@@ -27,24 +28,27 @@ _FLOAT_SOMEWHERE = re.compile(rb"\d(?:\.\d|e)")
 _STRING_OR_NUMBER = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?(?:e-?\d+)?')
 
 
-def encode(value: Any) -> bytes:
+def encode(value: Any, *, floats: bool = True, sort_keys: bool = False) -> bytes:
     """Compact JSON of structs, dataclasses, dicts and plain values; keys in declared order.
 
+    floats: False promises that the value has none, which saves looking for them (a time of day
+    looks like one).
+    sort_keys: of dicts, as Go does for a map.
     Raises TypeError for what JSON cannot carry. NaN and the infinities become null (Go refuses
     them; a stream that has begun must not end by one).
     """
-    data = _ENCODER.encode(value)
+    data = (_SORTING_ENCODER if sort_keys else _ENCODER).encode(value)
     for found, escaped in _ESCAPES:
         if found in data:
             data = data.replace(found, escaped)
-    if _FLOAT_SOMEWHERE.search(data):
+    if floats and _FLOAT_SOMEWHERE.search(data):
         data = _STRING_OR_NUMBER.sub(_as_go_writes, data)
     return data
 
 
 def float32(value: float) -> float:
-    """The float whose shortest decimal is that of the nearest float32: what Go writes for an element
-    of a []float32, such as an embedding, and half as long.
+    """The float whose shortest decimal is that of the nearest float32: what Go writes for an
+    element of a []float32, such as an embedding, and half as long.
     """
     single = struct.unpack("<f", struct.pack("<f", value))[0]
     for digits in (7, 8, 9):  # 9 always do; most float32 take 8

@@ -8,8 +8,8 @@ whose status was 200. Clients tell them apart by these.
 
 import logging
 import re
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,8 +22,8 @@ from ollamamax_p2p import errors
 from ollamamax_p2p.api import go_json
 from ollamamax_p2p.errors import BadInput, OmxError
 
-BODY_BYTES_MAX = 100 * 1024 * 1024
-"""Pictures are in the body, in base64. Ollama has no limit of its own."""
+BODY_BYTES_MAX = 48 * 1024 * 1024
+"""A request may have 32 MiB between nodes, and pictures come in base64. Ollama has no limit."""
 
 BODY_TIMEOUT_S = 60.0
 """For the whole body: a client that trickles holds no memory for ever."""
@@ -56,12 +56,12 @@ _STATUS: dict[type[OmxError], int] = {
     errors.QueueFull: 503,
     errors.DeadlineExceeded: 504,
 }
-"""A class that is not listed has the status of the nearest one above it. Ollama has 500 for whatever
-is not the client's fault; 503 and 504 tell what only a swarm has."""
+"""A class that is not listed has the status of the nearest one above it. Ollama has 500 for what is
+not the client's fault; 503 and 504 tell what only a swarm has."""
 
 
 class StatusError(Exception):
-    """A status and a text that an endpoint chose, word for word; no peer and no library raises it."""
+    """A status and a text that an endpoint chose, word for word; raised in `api` only."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -119,15 +119,15 @@ def answer_error(error: BaseException) -> Response:
 
 
 class NdjsonResponse:
-    """An ASGI response of a line for each value, each sent at once; what `lines` raises is told in the
-    shape that fits, and so is a fault of ours.
+    """An ASGI response of a line for each value, each sent at once; what `lines` raises is told in
+    the shape that fits, and so is a fault of ours.
 
     The lines are made as fast as the client reads them, and closed when it goes. Raise before
     making the response what shall have the shape of an error found before.
     """
 
     def __init__(self, lines: AsyncIterator[Any], headers: Sequence[Header] = ()) -> None:
-        """lines: values for `go_json.encode`; an async generator is closed in the task that ran it."""
+        """lines: values for `go_json.encode`; a generator is closed in the task that ran it."""
         self._lines = lines
         self._headers = headers
 
@@ -159,8 +159,8 @@ class NdjsonResponse:
 
 
 class LastLineOnly:
-    """`stream: false` of pull, push and create: the last value alone, when it is all over. An error is
-    told with its status. The content type has no charset (Ollama's tests pin that).
+    """`stream: false` of pull, push and create: the last value alone, when it is all over. An error
+    is told with its status. The content type has no charset (Ollama's tests pin that).
     """
 
     def __init__(self, lines: AsyncIterator[Any], headers: Sequence[Header] = ()) -> None:
@@ -215,10 +215,7 @@ async def start(send: Send, status: int, content_type: str, headers: Iterable[He
 
 
 async def send_more(send: Send, data: bytes) -> None:
-    """One flush. Returns when the system has taken it, so that a slow reader holds only its own work.
-
-    A checkpoint of its own is not needed: the server's send is one.
-    """
+    """One flush. Returns when the system has taken it: a slow reader holds only its own work."""
     await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
@@ -234,11 +231,11 @@ def _response(status: int, body: bytes, content_type: str, headers: Iterable[Hea
 
 @asynccontextmanager
 async def _closing(lines: AsyncIterator[Any]) -> AsyncIterator[AsyncIterator[Any]]:
-    if hasattr(lines, "aclose"):
-        async with aclosing(lines):
-            yield lines
-    else:
+    try:
         yield lines
+    finally:
+        if isinstance(lines, AsyncGenerator):
+            await lines.aclose()
 
 
 def _first_chosen(error: BaseException) -> StatusError | None:
@@ -267,20 +264,25 @@ async def read_bytes(request: Request) -> bytes:
     return bytes(raw)
 
 
-async def read_json(request: Request, wanted: type[T], go_name: str = "") -> T:
-    """The body as a typed value, in Go's words where it is not one: unknown fields are left out, null
-    is as good as absent where the type allows None.
-
-    go_name: of Ollama's struct, for its error texts. Raises BadInput.
-    """
+async def read_parsed(request: Request, parse: Callable[[bytes], T]) -> T:
+    """What `parse` makes of the whole body, which it does in a thread if the body is long."""
     raw = await read_bytes(request)
     if len(raw) > THREAD_BYTES:
-        return await trio.to_thread.run_sync(decoded, raw, wanted, go_name)
-    return decoded(raw, wanted, go_name)
+        return await trio.to_thread.run_sync(parse, raw)
+    return parse(raw)
+
+
+async def read_json(request: Request, wanted: type[T], go_name: str = "") -> T:
+    """The body as a typed value; see `decoded`. Raises BadInput."""
+    return await read_parsed(request, lambda raw: decoded(raw, wanted, go_name))
 
 
 def decoded(raw: bytes, wanted: type[T], go_name: str = "") -> T:
-    """See read_json."""
+    """A JSON body as a typed value, in Go's words where it is not one: unknown fields are left out,
+    null is as good as absent where the type allows None.
+
+    go_name: of Ollama's struct, for its error texts. Raises BadInput.
+    """
     if not raw.strip():
         raise BadInput("missing request body")
     try:
@@ -304,7 +306,7 @@ _GO_VALUES = {"str": "string", "int": "number", "float": "number"}
 
 
 def go_type_error(problem: str, go_name: str) -> str:
-    """msgspec's sentence about a value of a wrong type, as Go's json says it; others as they are."""
+    """msgspec's sentence on a value of a wrong type, as Go's json says it; others as they are."""
     found = _MISMATCH.match(problem)
     if found is None:
         return problem

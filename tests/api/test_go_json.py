@@ -27,11 +27,12 @@ class Line(msgspec.Struct, omit_defaults=True):
         ({"error": "model 'x' not found"}, b'{"error":"model \'x\' not found"}'),
         ({"a": "<b>&\u2028\u2029"}, rb'{"a":"\u003cb\u003e\u0026\u2028\u2029"}'),
         ({"<": 1}, rb'{"\u003c":1}'),
-        ({"a": 'quote " back \\ tab \t nul \x00 del \x7f'}, b'{"a":"quote \\" back \\\\ tab \\t nul \\u0000 del \x7f"}'),
+        ({"a": 'quote " back \\ nul \x00 \x7f'}, b'{"a":"quote \\" back \\\\ nul \\u0000 \x7f"}'),
         ({"a": "größer ☃ 🦙"}, '{"a":"größer ☃ 🦙"}'.encode()),
         ([1.0, 0.5, -2.0, 100.0, 1e6], b"[1,0.5,-2,100,1000000]"),
         ([0.000001, 0.0000001, 1.5e-9], b"[0.000001,1e-7,1.5e-9]"),
-        ([1e16, 1e20, 1e21, 1.23e22, -1e300], b"[10000000000000000,100000000000000000000,1e+21,1.23e+22,-1e+300]"),
+        ([1e16, 1e20], b"[10000000000000000,100000000000000000000]"),
+        ([1e21, 1.23e22, -1e300], b"[1e+21,1.23e+22,-1e+300]"),
         ([0.0, -0.0], b"[0,-0]"),
         ([2**53, -7], b"[9007199254740992,-7]"),
         ({"text": "1.0 and 1e9", "number": 1.0}, b'{"text":"1.0 and 1e9","number":1}'),
@@ -48,7 +49,11 @@ def test_bytes_are_those_that_go_writes(value, expected):
 
 
 _PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )  # fmt: skip
@@ -82,3 +87,9 @@ def test_a_float32_keeps_its_value_in_few_digits(value):
 def test_the_shortest_digits_of_a_float32_are_taken():
     assert go_json.float32(0.10000000149011612) == 0.1
     assert go_json.float32(0.3333333432674408) == 0.33333334
+
+
+def test_a_map_has_its_keys_sorted():
+    assert go_json.encode({"b": 1, "a": {"d": 1, "c": 2}}, sort_keys=True) == (
+        b'{"a":{"c":2,"d":1},"b":1}'
+    )
