@@ -72,7 +72,7 @@ class WholeAnswer:
     thinking: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
-    finish: Finish = Finish(reason="")
+    finish: Finish = field(default_factory=lambda: Finish(reason=""))
     moved: int = 0
 
     @property

@@ -104,7 +104,7 @@ def retry_after(error: BaseException) -> list[Header]:
 
 def json_response(value: Any, status: int = 200, headers: Sequence[Header] = ()) -> Response:
     """One whole JSON answer."""
-    return _response(status, go_json.encode(value), JSON, headers)
+    return whole_response(go_json.encode(value), JSON, status, headers)
 
 
 def error_response(status: int, text: str, headers: Sequence[Header] = ()) -> Response:
@@ -141,9 +141,8 @@ class NdjsonResponse:
             except Exception as error:  # noqa: BLE001 - the border
                 status, text = status_and_text(error)
                 headers = [*self._headers, *retry_after(error)]
-                response = _response(
-                    status, go_json.encode({"error": text}), STREAM_ERROR_JSON, headers
-                )
+                body = go_json.encode({"error": text})
+                response = whole_response(body, STREAM_ERROR_JSON, status, headers)
                 await response(scope, receive, send)
                 return
             else:
@@ -179,7 +178,8 @@ class LastLineOnly:
             except Exception as error:  # noqa: BLE001 - the border
                 status, text = status_and_text(error)
                 last, headers = {"error": text}, [*headers, *retry_after(error)]
-            response = _response(status, go_json.encode(last), STREAM_ERROR_JSON, headers)
+            body = go_json.encode(last)
+            response = whole_response(body, STREAM_ERROR_JSON, status, headers)
             await response(scope, receive, send)
 
 
@@ -219,7 +219,10 @@ async def send_more(send: Send, data: bytes) -> None:
     await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
-def _response(status: int, body: bytes, content_type: str, headers: Iterable[Header]) -> Response:
+def whole_response(
+    body: bytes, content_type: str, status: int, headers: Iterable[Header] = ()
+) -> Response:
+    """An answer of exactly these bytes, and no header but these and its length."""
     response = Response(body, status)
     response.raw_headers = [
         (b"content-type", content_type.encode()),

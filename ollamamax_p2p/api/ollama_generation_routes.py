@@ -217,7 +217,7 @@ class OllamaGenerationRoutes:
         return answering(self._inference, wanted, asking, shape, stream=body.streams)
 
     async def chat(self, request: Request) -> Response | StreamedAnswer | CollectedAnswer:
-        """Answer a conversation. An empty one loads the model, or unloads it with `keep_alive` 0."""
+        """Answer a conversation. An empty one loads the model; with `keep_alive` 0, unloads it."""
         asking = Asking(request.headers)
         body, wanted = await read_parsed(request, bodies.parse_chat)
         shape = ChatShape(wanted, streams=body.streams)
@@ -294,11 +294,16 @@ class OllamaGenerationRoutes:
 
 
 def embed_refusal(error: Exception) -> Response:
-    """Where embedding has words of its own."""
+    """An error of embed or embeddings."""
+    return answer_error(worded_for_embed(error))
+
+
+def worded_for_embed(error: Exception) -> Exception:
+    """The error, in the words that embedding has of its own."""
     named = first_named(error)
     if isinstance(named, ModelNotFound):
-        error = StatusError(404, f'model "{named.name}" not found, try pulling it first')
-    return answer_error(error)
+        return StatusError(404, f'model "{named.name}" not found, try pulling it first')
+    return error
 
 
 async def written_vectors(vectors: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
@@ -389,7 +394,7 @@ class OllamaShape:
         return json_response(self.last(answer.finish, answer), headers=headers)
 
     def refusal(self, error: Exception) -> Response:
-        """An engine's own fault is what Ollama finds on the stream only; all else it finds before."""
+        """An engine's own fault is what Ollama finds on the stream only; the rest, before."""
         response = answer_error(self.worded(error))
         if self._streams and isinstance(first_named(error), BackendFailed | BackendUnavailable):
             response.headers["content-type"] = STREAM_ERROR_JSON
