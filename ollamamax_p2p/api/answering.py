@@ -1,14 +1,14 @@
 """From an HTTP request to an answer of the swarm and back: what every dialect does the same way.
 
-A dialect (Ollama's, OpenAI's, Anthropic's) is a `Shape`: how parts, ends and errors look in it. Here
-is what they share: who asks and how (`omx-*` headers), asking, streaming with one flush per part,
-telling who answered, stopping the engine when the client goes.
+A dialect (Ollama's, OpenAI's, Anthropic's) is a `Shape`: how parts, ends and errors look in it.
+Here is what they share: who asks and how (`omx-*` headers), asking, streaming with one flush per
+part, telling who answered, stopping the engine when the client goes.
 """
 
 import re
 import secrets
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,7 +40,7 @@ _STRATEGY = re.compile(r"[a-z0-9_-]{1,64}")
 
 
 class Shape(Protocol):
-    """One answer in one dialect; made for one request, keeps what it must know from part to part."""
+    """One answer in one dialect; made for one request, keeps what it must know between parts."""
 
     content_type: bytes
     """Of the stream."""
@@ -90,6 +90,8 @@ class Asking:
     def __init__(self, headers: Mapping[str, str]) -> None:
         """headers: of the request, names in lower case. Raises BadInput for a bad `omx-*` one."""
         self._place = 0
+        self.on_queue: Callable[[QueuePlace], None] | None = None
+        """Told of places in the queue too."""
         self.call = Call(
             user=_label(headers, "omx-user"),
             priority=_priority(headers),
@@ -101,6 +103,8 @@ class Asking:
 
     def _note_place(self, place: QueuePlace) -> None:
         self._place = self._place or place.position
+        if self.on_queue is not None:
+            self.on_queue(place)
 
     def headers(self, server: Server, queued_s: float = 0.0) -> list[Header]:
         """Who answers, and how long that took to begin."""

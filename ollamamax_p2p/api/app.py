@@ -18,7 +18,9 @@ from ollamamax_p2p.api.bodies import BODY_BYTES_MAX, BodyTooLarge
 from ollamamax_p2p.api.error_responses import ErrorBody, error_response, plain_error
 from ollamamax_p2p.api.event_stream import stream_events
 from ollamamax_p2p.api.guard import Guard
+from ollamamax_p2p.api.inference_routes import inference_routes
 from ollamamax_p2p.api.node_routes import Endpoint, NodeRoutes
+from ollamamax_p2p.api.served_inference import ServedInference
 from ollamamax_p2p.api.served_node import ServedNode
 from ollamamax_p2p.api.shared_pulls import SharedPulls
 
@@ -65,8 +67,14 @@ ROUTES = (
 )
 
 
-def make_app(node: ServedNode, pulls: SharedPulls, *, token: str) -> Starlette:
-    """The ASGI application of one node."""
+def make_app(
+    node: ServedNode,
+    pulls: SharedPulls,
+    *,
+    token: str,
+    inference: ServedInference | None = None,
+) -> Starlette:
+    """The ASGI application of one node. inference: None leaves /api and /v1 out."""
     answers = NodeRoutes(node, pulls)
 
     async def events(websocket: WebSocket) -> None:
@@ -76,6 +84,8 @@ def make_app(node: ServedNode, pulls: SharedPulls, *, token: str) -> Starlette:
         Route(each.path, _answered(getattr(answers, each.endpoint)), methods=[each.method])
         for each in ROUTES
     ]
+    if inference is not None:
+        routes += inference_routes(inference, node, pulls)
     return Starlette(
         routes=[*routes, WebSocketRoute(EVENTS_PATH, events)],
         middleware=[Middleware(Guard, token=token)],

@@ -18,6 +18,10 @@ OPEN_PATHS = frozenset({"/", "/omx/v1/version"})
 """What answers without a token: enough to see that an omx listens here."""
 
 
+OPEN_PREFIXES = ("/api/", "/v1/")
+"""What other clients than ours know; they have no token."""
+
+
 class Guard:
     """ASGI middleware: Host, then Origin, then token."""
 
@@ -43,7 +47,8 @@ class Guard:
         origin = _header(scope, b"origin")
         if origin is not None and origin.lower() != f"http://{host.lower()}":
             return Response(status_code=403)
-        if scope["path"] in OPEN_PATHS or self._knows_token(scope):
+        path = scope["path"]
+        if path in OPEN_PATHS or path.startswith(OPEN_PREFIXES) or self._knows_token(scope):
             return None
         problem = "the token is missing or wrong; read api-token in the node's data folder"
         return plain_error(401, ErrorBody(problem, "unauthorized"))

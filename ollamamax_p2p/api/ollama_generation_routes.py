@@ -40,12 +40,14 @@ from ollamamax_p2p.errors import (
 from ollamamax_p2p.inference import ServableModel
 from ollamamax_p2p.inference.core.requests import (
     Delta,
+    Embeddings,
     EmbedRequest,
     Finish,
     Logprob,
     TextRequest,
     ToolCall,
 )
+from ollamamax_p2p.router import Server
 
 THREAD_NUMBERS = 4_096
 """Vectors with more numbers are written in a thread: each takes some 2 µs."""
@@ -229,15 +231,11 @@ class OllamaGenerationRoutes:
         self, wanted: TextRequest, asking: Asking, shape: "OllamaShape", *, unload: bool
     ) -> Response:
         try:
-            if unload:
-                await self._inference.unload(wanted.model)
-                return json_response(shape.last(Finish(reason="unload")))
-            server = await self._inference.load(
-                wanted.model, asking.call, keep_alive_s=wanted.keep_alive_s, options=wanted.options
-            )
+            done, server = await load_or_unload(self._inference, wanted, asking, unload=unload)
         except Exception as error:  # noqa: BLE001 - the border
             return shape.refusal(error)
-        return json_response(shape.last(Finish(reason="load")), headers=asking.headers(server))
+        headers = asking.headers(server) if server else []
+        return json_response(shape.last(done), headers=headers)
 
     async def embed(self, request: Request) -> Response:
         """Give a vector of length 1 for each text."""
@@ -251,13 +249,7 @@ class OllamaGenerationRoutes:
             found, server = await self._inference.embed(wanted, asking.call)
         except Exception as error:  # noqa: BLE001 - the border
             return embed_refusal(error)
-        answer = EmbedAnswer(
-            model=wanted.model,
-            embeddings=await written_vectors(found.vectors),
-            total_duration=found.total_ns,
-            load_duration=found.load_ns,
-            prompt_eval_count=found.prompt_tokens,
-        )
+        answer = await embed_answer(wanted, found)
         return json_response(answer, headers=asking.headers(server))
 
     async def embeddings(self, request: Request) -> Response:
@@ -293,6 +285,19 @@ class OllamaGenerationRoutes:
         return json_response(RunningAnswer(models=lines))
 
 
+async def load_or_unload(
+    inference: ServedInference, wanted: TextRequest, asking: Asking, *, unload: bool
+) -> tuple[Finish, Server | None]:
+    """What a request does that asks for nothing, and where."""
+    if unload:
+        await inference.unload(wanted.model)
+        return Finish(reason="unload"), None
+    server = await inference.load(
+        wanted.model, asking.call, keep_alive_s=wanted.keep_alive_s, options=wanted.options
+    )
+    return Finish(reason="load"), server
+
+
 def embed_refusal(error: Exception) -> Response:
     """An error of embed or embeddings."""
     return answer_error(worded_for_embed(error))
@@ -304,6 +309,17 @@ def worded_for_embed(error: Exception) -> Exception:
     if isinstance(named, ModelNotFound):
         return StatusError(404, f'model "{named.name}" not found, try pulling it first')
     return error
+
+
+async def embed_answer(wanted: EmbedRequest, found: Embeddings) -> EmbedAnswer:
+    """What /api/embed answers."""
+    return EmbedAnswer(
+        model=wanted.model,
+        embeddings=await written_vectors(found.vectors),
+        total_duration=found.total_ns,
+        load_duration=found.load_ns,
+        prompt_eval_count=found.prompt_tokens,
+    )
 
 
 async def written_vectors(vectors: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:

@@ -6,6 +6,7 @@ previous_response_id. They are left out, not refused.
 
 import base64
 import binascii
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -37,7 +38,7 @@ from ollamamax_p2p.inference.core.requests import (
 
 IMAGE_KINDS = ("jpeg", "jpg", "png", "webp")
 
-EFFORTS = {
+EFFORTS: Mapping[str, bool | str] = {
     "none": False,
     "minimal": "low",
     "low": "low",

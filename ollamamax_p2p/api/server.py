@@ -22,17 +22,17 @@ from starlette.applications import Starlette
 from ollamamax_p2p.api.accepting import take_connections
 from ollamamax_p2p.api.app import make_app
 from ollamamax_p2p.api.node_file import NodeFile, new_token, remove_files, write_files
+from ollamamax_p2p.api.served_inference import ServedInference
 from ollamamax_p2p.api.served_node import ServedNode
 from ollamamax_p2p.api.settings import ApiSettings
 from ollamamax_p2p.api.shared_pulls import open_shared_pulls
+from ollamamax_p2p.api.websocket_requests import FRAME_BYTES_MAX
 from ollamamax_p2p.errors import AccessRefused, BadConfig, PortInUse
 
 STOP_GRACE_S = 1.0
 """How long answers may take to finish when the node stops; streams are ended before."""
 
 HEADER_BYTES_MAX = 16 * 1024
-EVENT_CLIENT_BYTES_MAX = 4 * 1024
-"""What a WebSocket client may send at once; there is nothing to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +46,24 @@ class ApiServer:
 
 @asynccontextmanager
 async def open_api(
-    node: ServedNode, settings: ApiSettings, *, data_dir: Path, peer_id: str
+    node: ServedNode,
+    settings: ApiSettings,
+    *,
+    data_dir: Path,
+    peer_id: str,
+    inference: ServedInference | None = None,
 ) -> AsyncIterator[ApiServer]:
     """Serve a node for as long as the block is open. Raises PortInUse, AccessRefused, BadConfig.
 
     data_dir: where the token and node.json are written; both are removed at the end.
+    inference: who answers under /api and /v1; None: nobody.
     """
     with _listener(settings.listen) as listener:
         address, token = _shown(listener), new_token()
         async with trio.open_nursery() as nursery:
             accepting, server = trio.CancelScope(), WorkerContext(None)
             async with open_shared_pulls(node) as pulls:
-                app = make_app(node, pulls, token=token)
+                app = make_app(node, pulls, token=token, inference=inference)
                 nursery.start_soon(_serve, listener, app, server, nursery, accepting)
                 found = NodeFile(pid=os.getpid(), api=address, peer_id=peer_id)
                 await trio.to_thread.run_sync(write_files, data_dir, found, token)
@@ -130,7 +136,7 @@ def _server_config() -> Config:
     config.errorlog = logging.getLogger("ollamamax_p2p.api")
     config.include_server_header = False
     config.h11_max_incomplete_size = HEADER_BYTES_MAX
-    config.websocket_max_message_size = EVENT_CLIENT_BYTES_MAX
+    config.websocket_max_message_size = FRAME_BYTES_MAX
     config.websocket_permessage_deflate = False  # costs CPU, saves nothing on loopback
     return config
 
