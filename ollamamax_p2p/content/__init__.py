@@ -21,6 +21,7 @@ from ollamamax_p2p.content.model_description import (
     describe_model,
     read_model,
 )
+from ollamamax_p2p.content.model_listing import ListedModel, ModelListing
 from ollamamax_p2p.content.model_show import ShowAnswer, ShownDetails, describe_for_show
 from ollamamax_p2p.content.ram_store import RamStore
 from ollamamax_p2p.content.settings import ContentSettings
@@ -31,8 +32,10 @@ __all__ = [
     "ContentSettings",
     "CreationRequest",
     "DiskStore",
+    "ListedModel",
     "ModelContent",
     "ModelDescription",
+    "ModelListing",
     "PartialBlob",
     "RamStore",
     "ResolveModel",

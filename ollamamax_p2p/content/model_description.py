@@ -108,9 +108,12 @@ async def describe_model(store: BlobStore, name: ModelName) -> ModelDescription:
     }
 
 
-async def read_model(store: BlobStore, name: ModelName) -> ModelContent:
+async def read_model(
+    store: BlobStore, name: ModelName, stored: StoredModel | None = None
+) -> ModelContent:
     """Read all that is small in a model, and the header of its weights.
 
+    stored: the model's entry in the store's list, if that is known already.
     Raises ModelNotFound, BlobNotFound, StoreDamaged.
     """
     manifest = await store.manifest(name)
@@ -125,7 +128,7 @@ async def read_model(store: BlobStore, name: ModelName) -> ModelContent:
     for layer in manifest.layers_of(PARAMS_TYPE):
         parameters |= await read_json(store, layer)
     return ModelContent(
-        stored=await _stored(store, name),
+        stored=stored or await _stored(store, name),
         manifest=manifest,
         config=await read_json(store, manifest.config),
         parameters=parameters,
