@@ -5,7 +5,7 @@ They need no token: Ollama's have none, and its clients send none. Host and Orig
 """
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +15,7 @@ import trio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
 
 from ollamamax_p2p.api import ollama_store_requests as bodies
 from ollamamax_p2p.api.bodies import PullBody
@@ -38,7 +39,7 @@ from ollamamax_p2p.api.shared_pulls import SharedPulls
 from ollamamax_p2p.content import ListedModel, ShownDetails, check_creation_request
 from ollamamax_p2p.content.core.model_name import ModelName, parse_model_name
 from ollamamax_p2p.content.core.modelfile import go_quoted
-from ollamamax_p2p.errors import BadDigest, BadName, DigestMismatch, ModelNotFound
+from ollamamax_p2p.errors import BadDigest, BadName, DigestMismatch, ModelNotFound, OmxError
 from ollamamax_p2p.inference import ServableModel
 
 OLLAMA_VERSION = "0.14.0"
@@ -52,6 +53,10 @@ CLOUD_DISABLED = "ollama cloud is disabled"
 
 PART_TIMEOUT_S = 60.0
 """An upload of which nothing arrives for so long has been given up by its sender."""
+
+DRAINED_S = 5.0
+DRAINED_BYTES_MAX = 64 * 1024 * 1024
+"""What is taken of a blob that was refused: a disk is full for the largest, which are let go."""
 
 
 class ListedLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -186,6 +191,8 @@ class OllamaStoreRoutes:
                 await self._node.push(body.named, insecure=insecure, on_progress=tell)
             except BadName:
                 raise StatusError(400, BAD_NAME) from None
+            except ModelNotFound:
+                raise StatusError(500, f"model '{body.named}' not found") from None
 
         return ProgressAnswer(watched(work), stream=body.stream is not False)
 
@@ -212,8 +219,11 @@ class OllamaStoreRoutes:
             return error_response(404, f"blob {go_quoted(digest)} not found")
         return Response(status_code=200)
 
-    async def put_blob(self, request: Request) -> Response:
+    async def put_blob(self, request: Request) -> "EarlyAnswer":
         """Take a blob as it arrives: 201 if it is new."""
+        return EarlyAnswer(await self._put_blob(request), request)
+
+    async def _put_blob(self, request: Request) -> Response:
         digest = request.path_params["digest"]
         try:
             if await self._node.has_blob(digest):
@@ -221,10 +231,12 @@ class OllamaStoreRoutes:
             async with aclosing(_parts(request)) as parts:
                 await self._node.put_blob(digest, parts, size=_length(request))
         except BadDigest:
-            raise StatusError(400, "invalid digest format") from None
+            return error_response(400, "invalid digest format")
         except DigestMismatch as error:
             expected, actual = go_quoted(digest), go_quoted(error.actual)
-            raise StatusError(400, f"digest mismatch, expected {expected}, got {actual}") from None
+            return error_response(400, f"digest mismatch, expected {expected}, got {actual}")
+        except OmxError as error:  # a full disk, first of all
+            return answer_error(error)
         return Response(status_code=201)
 
     async def copy(self, request: Request) -> Response:
@@ -352,7 +364,9 @@ def _length(request: Request) -> int | None:
 
 
 async def _parts(request: Request) -> AsyncGenerator[bytes, None]:
-    """The body as it arrives. Raises ClientDisconnect if it ends before its end."""
+    """The body as it arrives; what has been read does not come again. Raises ClientDisconnect if it
+    ends before its end.
+    """
     arriving = request.stream()
     while True:
         part: bytes | None = None
@@ -363,6 +377,31 @@ async def _parts(request: Request) -> AsyncGenerator[bytes, None]:
         if not part:
             return
         yield part
+
+
+class EarlyAnswer:
+    """An answer that may come before its request's body has.
+
+    Most clients read it only when they have sent all; a connection that is closed under them while
+    they send loses the answer too. So some of what still comes is taken and thrown away.
+    """
+
+    def __init__(self, response: Response, request: Request) -> None:
+        self._response, self._request = response, request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, then take what comes, within bounds."""
+        response = self._response
+        head = {"status": response.status_code, "headers": response.raw_headers}
+        await send({"type": "http.response.start", **head})
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        taken = 0
+        with suppress(ClientDisconnect), trio.move_on_after(DRAINED_S):
+            async for part in _parts(self._request):
+                taken += len(part)
+                if taken > DRAINED_BYTES_MAX:
+                    break
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _cloud_only(request: Request, what: str) -> Response:

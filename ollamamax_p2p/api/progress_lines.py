@@ -8,9 +8,13 @@ import msgspec
 import trio
 from starlette.types import Receive, Scope, Send
 
-from ollamamax_p2p.api.ollama_framing import NdjsonResponse, last_line_only
+from ollamamax_p2p.api.ollama_framing import NdjsonResponse, StatusError, last_line_only
 from ollamamax_p2p.api.shared_pulls import Outcome, Watcher
+from ollamamax_p2p.errors import BadInput, ModelNotFound, first_named
 from ollamamax_p2p.transfer import PullProgress
+
+NO_MANIFEST = "pull model manifest: file does not exist"
+"""Nobody has it, and the registry does not know it."""
 
 
 class ProgressLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -71,8 +75,18 @@ async def _lines(watcher: Watcher) -> AsyncIterator[ProgressLine]:
                 last = line
                 yield line
         if isinstance(outcome, BaseException):
-            raise outcome
+            raise _as_told(outcome)
     yield ProgressLine(status="success")
+
+
+def _as_told(error: BaseException) -> BaseException:
+    """Ollama has 400 for what was asked wrongly and 500 for the rest, on these three paths."""
+    named = first_named(error)
+    if named is None or isinstance(named, BadInput):
+        return error
+    if isinstance(named, ModelNotFound):
+        return StatusError(500, NO_MANIFEST)
+    return StatusError(500, str(named))
 
 
 def _line(state: PullProgress) -> ProgressLine:

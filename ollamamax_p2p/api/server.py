@@ -68,22 +68,24 @@ async def open_api(
         second = listeners.enter_context(_second_listener(settings.ollama_listen))
         address, token = _shown(listener), new_token()
         async with trio.open_nursery() as nursery:
-            accepting, server = trio.CancelScope(), WorkerContext(None)
+            accepting = [trio.CancelScope(), trio.CancelScope()]
+            server = WorkerContext(None)
             async with open_shared_pulls(node) as pulls:
                 make = partial(
                     make_app, node, pulls, token=token, inference=inference, settings=settings
                 )
-                nursery.start_soon(_serve, listener, make(), server, nursery, accepting)
+                nursery.start_soon(_serve, listener, make(), server, nursery, accepting[0])
                 if second is not None:
                     app = make(serves_ours=False)
-                    nursery.start_soon(_serve, second, app, server, nursery, accepting)
+                    nursery.start_soon(_serve, second, app, server, nursery, accepting[1])
                 found = NodeFile(pid=os.getpid(), api=address, peer_id=peer_id)
                 await trio.to_thread.run_sync(write_files, data_dir, found, token)
                 try:
                     yield ApiServer(address, token, _shown(second) if second else "")
                 finally:
                     remove_files(data_dir)  # two unlinks; in a thread, cancelling would skip them
-            accepting.cancel()
+            for scope in accepting:
+                scope.cancel()
             await server.terminated.set()
             nursery.cancel_scope.deadline = trio.current_time() + STOP_GRACE_S
 
