@@ -14,7 +14,15 @@ import os
 import random
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -48,11 +56,19 @@ from ollamamax_p2p.cluster import (
 from ollamamax_p2p.config import NodeConfig
 from ollamamax_p2p.content import (
     BlobStore,
+    CreationRequest,
+    ListedModel,
+    ModelListing,
+    ShowAnswer,
+    create_from_request,
     create_model,
+    describe_for_show,
     describe_model,
     import_model,
     open_disk_store,
 )
+from ollamamax_p2p.content.core.digest import parse_digest
+from ollamamax_p2p.content.core.manifest import Manifest
 from ollamamax_p2p.content.core.model_name import ModelName, parse_model_name
 from ollamamax_p2p.discovery import (
     forget_remembered_peers,
@@ -64,6 +80,7 @@ from ollamamax_p2p.errors import (
     BadInput,
     DataDirInUse,
     DeadlineExceeded,
+    ModelNotFound,
     NetworkTrouble,
     NoSources,
     NotAdmitted,
@@ -92,7 +109,7 @@ from ollamamax_p2p.identity import (
 )
 from ollamamax_p2p.observability import EventFeed
 from ollamamax_p2p.session import Session, open_session
-from ollamamax_p2p.transfer import Origin, PullProgress, PullReport
+from ollamamax_p2p.transfer import Origin, PullProgress, PullReport, PushReport
 
 _log = logging.getLogger(__name__)
 
@@ -234,6 +251,7 @@ class Node:
         self._nursery: trio.Nursery
         self._membership = membership
         self._store = store
+        self._listing = ModelListing(store)
         self._origin = origin
         self._rng = random.Random(secrets.randbits(128))
         self._session: Session | None = None
@@ -386,6 +404,79 @@ class Node:
         parsed = parse_model_name(name)
         await create_model(self._store, parsed, modelfile, Path(base_dir))
         return await self._made_here(parsed)
+
+    async def create_from_request(
+        self, name: str, request: CreationRequest, *, on_progress: OnProgress | None = None
+    ) -> ModelInfo:
+        """Make a model of another, which is pulled if it is not here, or of uploaded blobs. Raises
+        BadInput, ModelNotFound, StoreFull, StoreReadOnly, and what `pull` raises.
+        """
+        tell = on_progress or _nobody
+        parsed = parse_model_name(name)
+
+        async def resolved(source: ModelName) -> Manifest:
+            try:
+                return await self._store.manifest(source)
+            except ModelNotFound:
+                await self.pull(source.full(), on_progress=_without_success(tell))
+            return await self._store.manifest(source)
+
+        await create_from_request(
+            self._store,
+            parsed,
+            request,
+            resolve_model=resolved,
+            tell=lambda status: tell(PullProgress(status=status)),
+        )
+        return await self._made_here(parsed)
+
+    async def push(
+        self, name: str, *, insecure: bool = False, on_progress: OnProgress | None = None
+    ) -> PushReport:
+        """Give a model of this node to the registry that its name names.
+
+        insecure: this registry may be spoken to by plain http.
+        Raises BadName, ModelNotFound, OriginTrouble, BadConfig where no registry may be asked.
+        """
+        tell = on_progress or _nobody
+        tell(PullProgress(status="retrieving manifest"))
+        parsed = parse_model_name(name)
+        manifest = await self._store.manifest(parsed)
+        if self._origin is None:
+            raise BadConfig("origin.enabled", "it is off, so this node speaks to no registry")
+        return await self._origin.push(
+            parsed, manifest, self._store, insecure=insecure, on_progress=tell
+        )
+
+    async def listed_models(self) -> tuple[ListedModel, ...]:
+        """What the store holds and what each is, newest first."""
+        return await self._listing.models()
+
+    async def show_model(
+        self,
+        name: str,
+        *,
+        verbose: bool = False,
+        system: str = "",
+        options: Mapping[str, Any] | None = None,
+    ) -> ShowAnswer:
+        """All that a model says about itself. Raises BadName, ModelNotFound."""
+        parsed = parse_model_name(name)
+        return await describe_for_show(
+            self._store, parsed, verbose=verbose, system=system, options=options
+        )
+
+    async def has_blob(self, digest: str) -> bool:
+        """Whether the store has a blob. Raises BadDigest."""
+        return await self._store.has(parse_digest(digest))
+
+    async def put_blob(
+        self, digest: str, parts: AsyncIterable[bytes], *, size: int | None = None
+    ) -> None:
+        """Store a blob as it arrives; it is there whole, or not at all. Raises BadDigest,
+        DigestMismatch, StoreFull, StoreReadOnly.
+        """
+        await self._store.receive(parse_digest(digest), parts, size=size)
 
     async def _made_here(self, name: ModelName) -> ModelInfo:
         """Tell the swarm of a model that was made on this node, and have agreed that this is what
@@ -837,6 +928,20 @@ async def _open_origin(config: NodeConfig, key: NodeKey) -> AsyncIterator[Origin
         user_agent=f"ollamamax_p2p/{installed_version()}",
     ) as origin:
         yield origin
+
+
+def _nobody(_: PullProgress) -> None:
+    pass
+
+
+def _without_success(tell: OnProgress) -> OnProgress:
+    """For a pull that is only a part of something: its end is not the end."""
+
+    def told(progress: PullProgress) -> None:
+        if progress.status != "success":
+            tell(progress)
+
+    return told
 
 
 def _agent(config: NodeConfig) -> str:

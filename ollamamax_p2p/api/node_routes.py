@@ -26,10 +26,6 @@ class NodeRoutes:
         self._node = node
         self._pulls = pulls
 
-    async def hello(self, request: Request) -> Response:
-        """Say that an omx listens here."""
-        return Response("omx is running", media_type="text/plain")
-
     async def version(self, request: Request) -> Response:
         """The version of the node."""
         return _json({"version": (await self._node.status()).version})

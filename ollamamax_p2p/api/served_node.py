@@ -5,15 +5,16 @@ are plain frozen dataclasses, so that server and client share one definition and
 the same objects with or without HTTP in between.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ollamamax_p2p.cluster import ClusterStatus, RoleWish
+from ollamamax_p2p.content import CreationRequest, ListedModel, ShowAnswer
 from ollamamax_p2p.observability import EventFeed
-from ollamamax_p2p.transfer import PullProgress, PullReport
+from ollamamax_p2p.transfer import PullProgress, PullReport, PushReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +150,7 @@ class JoinReport:
 
 
 OnProgress = Callable[[PullProgress], None]
-"""Called for every state of a pull, in the event loop; must not block."""
+"""Called for every state of a pull, push or creation, in the event loop; must not block."""
 
 
 class ServedNode(Protocol):
@@ -201,6 +202,43 @@ class ServedNode(Protocol):
 
     async def create_model(self, name: str, modelfile: str, base_dir: Path) -> ModelInfo:
         """Make a model from a Modelfile's text; relative paths in it count from base_dir."""
+
+    async def push(
+        self, name: str, *, insecure: bool = False, on_progress: OnProgress | None = None
+    ) -> PushReport:
+        """Give a model of this node to the registry that its name names. Raises BadName,
+        ModelNotFound, OriginTrouble.
+        """
+
+    async def listed_models(self) -> tuple[ListedModel, ...]:
+        """What the store holds and what each is, newest first."""
+
+    async def show_model(
+        self,
+        name: str,
+        *,
+        verbose: bool = False,
+        system: str = "",
+        options: Mapping[str, Any] | None = None,
+    ) -> ShowAnswer:
+        """All that a model says about itself. Raises BadName, ModelNotFound."""
+
+    async def has_blob(self, digest: str) -> bool:
+        """Whether the store has a blob. Raises BadDigest."""
+
+    async def put_blob(
+        self, digest: str, parts: AsyncIterable[bytes], *, size: int | None = None
+    ) -> None:
+        """Store a blob as it arrives. size: how long it says it will be, if it does. Raises
+        BadDigest, DigestMismatch, StoreFull, StoreReadOnly, and what iterating over parts raises.
+        """
+
+    async def create_from_request(
+        self, name: str, request: CreationRequest, *, on_progress: OnProgress | None = None
+    ) -> ModelInfo:
+        """Make a model of another, which is pulled if need be, or of blobs in the store. Raises
+        BadInput, ModelNotFound, StoreFull, StoreReadOnly.
+        """
 
     async def invite(self, *, uses: int, expires_s: float) -> Invitation:
         """Issue a ticket to this node's swarm."""

@@ -4,9 +4,10 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,19 @@ from starlette.applications import Starlette
 from ollamamax_p2p.api.accepting import take_connections
 from ollamamax_p2p.api.app import make_app
 from ollamamax_p2p.api.node_file import NodeFile, new_token, remove_files, write_files
+from ollamamax_p2p.api.served_inference import ServedInference
 from ollamamax_p2p.api.served_node import ServedNode
 from ollamamax_p2p.api.settings import ApiSettings
 from ollamamax_p2p.api.shared_pulls import open_shared_pulls
+from ollamamax_p2p.api.websocket_requests import FRAME_BYTES_MAX
 from ollamamax_p2p.errors import AccessRefused, BadConfig, PortInUse
+
+_log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
 """How long answers may take to finish when the node stops; streams are ended before."""
 
 HEADER_BYTES_MAX = 16 * 1024
-EVENT_CLIENT_BYTES_MAX = 4 * 1024
-"""What a WebSocket client may send at once; there is nothing to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +45,47 @@ class ApiServer:
     address: str
     """host:port, the port as the system gave it."""
     token: str = field(repr=False)
+    ollama_address: str = ""
+    """Where Ollama's API is served besides; "" if nowhere."""
 
 
 @asynccontextmanager
 async def open_api(
-    node: ServedNode, settings: ApiSettings, *, data_dir: Path, peer_id: str
+    node: ServedNode,
+    settings: ApiSettings,
+    *,
+    data_dir: Path,
+    peer_id: str,
+    inference: ServedInference | None = None,
 ) -> AsyncIterator[ApiServer]:
     """Serve a node for as long as the block is open. Raises PortInUse, AccessRefused, BadConfig.
 
     data_dir: where the token and node.json are written; both are removed at the end.
+    inference: who answers under /api and /v1; None: nobody.
     """
-    with _listener(settings.listen) as listener:
+    with ExitStack() as listeners:
+        listener = listeners.enter_context(_listener(settings.listen))
+        second = listeners.enter_context(_second_listener(settings.ollama_listen))
         address, token = _shown(listener), new_token()
         async with trio.open_nursery() as nursery:
-            accepting, server = trio.CancelScope(), WorkerContext(None)
+            accepting = [trio.CancelScope(), trio.CancelScope()]
+            server = WorkerContext(None)
             async with open_shared_pulls(node) as pulls:
-                app = make_app(node, pulls, token=token)
-                nursery.start_soon(_serve, listener, app, server, nursery, accepting)
+                make = partial(
+                    make_app, node, pulls, token=token, inference=inference, settings=settings
+                )
+                nursery.start_soon(_serve, listener, make(), server, nursery, accepting[0])
+                if second is not None:
+                    app = make(serves_ours=False)
+                    nursery.start_soon(_serve, second, app, server, nursery, accepting[1])
                 found = NodeFile(pid=os.getpid(), api=address, peer_id=peer_id)
                 await trio.to_thread.run_sync(write_files, data_dir, found, token)
                 try:
-                    yield ApiServer(address, token)
+                    yield ApiServer(address, token, _shown(second) if second else "")
                 finally:
                     remove_files(data_dir)  # two unlinks; in a thread, cancelling would skip them
-            accepting.cancel()
+            for scope in accepting:
+                scope.cancel()
             await server.terminated.set()
             nursery.cancel_scope.deadline = trio.current_time() + STOP_GRACE_S
 
@@ -117,6 +137,20 @@ def _listener(listen: str) -> socket.socket:
     return listener
 
 
+@contextmanager
+def _second_listener(listen: str) -> Iterator[socket.socket | None]:
+    """None if none is wanted or none can be had: another program there, Ollama first of all, is no
+    reason not to run.
+    """
+    try:
+        listener = _listener(listen) if listen else None
+    except (PortInUse, AccessRefused, BadConfig) as error:
+        _log.warning("Ollama's API is not served on %s: %s", listen, error)
+        listener = None
+    with listener or nullcontext():
+        yield listener
+
+
 def _named(error: OSError, listen: str) -> PortInUse | AccessRefused | BadConfig:
     if error.errno == errno.EADDRINUSE:
         return PortInUse(listen, "--api")
@@ -130,7 +164,7 @@ def _server_config() -> Config:
     config.errorlog = logging.getLogger("ollamamax_p2p.api")
     config.include_server_header = False
     config.h11_max_incomplete_size = HEADER_BYTES_MAX
-    config.websocket_max_message_size = EVENT_CLIENT_BYTES_MAX
+    config.websocket_max_message_size = FRAME_BYTES_MAX
     config.websocket_permessage_deflate = False  # costs CPU, saves nothing on loopback
     return config
 

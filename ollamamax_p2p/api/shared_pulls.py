@@ -26,11 +26,13 @@ Outcome = PullReport | BaseException
 
 
 class Watcher:
-    """One client's view of a pull: states as they come, then the outcome."""
+    """One client's view of a pull, or of other work: states as they come, then the outcome."""
 
     def __init__(self) -> None:
         self._waiting: list[PullProgress] = []
         self._outcome: Outcome | None = None
+        self.is_over = False
+        """Whether nothing more will come."""
         self._news = trio.Event()
 
     def offer(self, progress: PullProgress) -> None:
@@ -41,9 +43,9 @@ class Watcher:
             self._waiting = [*self._waiting[-(WAITING_MAX - 1) :], progress]
         self._news.set()
 
-    def finish(self, outcome: Outcome) -> None:
-        """The pull is over."""
-        self._outcome = outcome
+    def finish(self, outcome: Outcome | None) -> None:
+        """The work is over; None where there is nothing to say of how it went."""
+        self._outcome, self.is_over = outcome, True
         self._news.set()
 
     async def next(self) -> tuple[list[PullProgress], Outcome | None]:
@@ -51,7 +53,7 @@ class Watcher:
         await self._news.wait()
         self._news = trio.Event()
         states, self._waiting = self._waiting, []
-        if self._outcome is not None:
+        if self.is_over:
             self._news.set()
         return states, self._outcome
 

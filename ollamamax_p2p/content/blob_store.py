@@ -5,7 +5,7 @@ Implementations: `disk_store` (Ollama's layout, byte for byte) and `ram_store`; 
 threads.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -120,6 +120,17 @@ class BlobStore(Protocol):
 
     async def put(self, data: bytes) -> Digest:
         """Store a small blob (config, template) from memory."""
+
+    async def receive(
+        self, digest: Digest, parts: AsyncIterable[bytes], *, size: int | None = None
+    ) -> None:
+        """Store a blob as it arrives; it becomes visible whole, verified, or not at all.
+
+        size: how long it says it will be, if it says so; what does not fit is refused before it
+        begins.
+        Raises DigestMismatch, StoreFull, StoreReadOnly, and what iterating over parts raises;
+        nothing stays then.
+        """
 
     async def import_file(self, path: Path, *, link: bool = False) -> Digest:
         """Make a file a blob; the file itself is neither moved nor changed. It is copied, without

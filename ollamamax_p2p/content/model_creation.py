@@ -9,14 +9,14 @@ the model's one layer as it is.
 import os
 import stat
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 import trio
 
 from ollamamax_p2p.content.blob_store import BlobReader, BlobStore
-from ollamamax_p2p.content.core.digest import Digest
+from ollamamax_p2p.content.core.digest import Digest, digest_of
 from ollamamax_p2p.content.core.gguf import MAGIC, GgufHeader, read_gguf_header
 from ollamamax_p2p.content.core.go_json import Json, go_json
 from ollamamax_p2p.content.core.header_reading import ReadAt
@@ -55,6 +55,8 @@ from ollamamax_p2p.errors import (
 )
 
 ResolveModel = Callable[[ModelName], Awaitable[Manifest]]
+TellStatus = Callable[[str], None]
+"""Called with each step, in Ollama's words."""
 
 Header = GgufHeader | SafetensorsHeader
 
@@ -98,11 +100,13 @@ async def create_model(
 
 
 @dataclass(slots=True)
-class _Draft:
+class Draft:
     """A model that is being put together."""
 
-    layers: list[Layer]
-    config: dict[str, Json]
+    layers: list[Layer] = field(default_factory=list)
+    config: dict[str, Json] = field(default_factory=dict)
+    written: set[Digest] = field(default_factory=set)
+    """Blobs that were not here before."""
 
     def replace(self, layer: Layer, *more_types: str) -> None:
         """Take out the layers of its type (and of more types), and put it last."""
@@ -121,14 +125,32 @@ async def _create(
 ) -> Manifest:
     if not store.writable:
         raise StoreReadOnly(store.place)
-    draft = _Draft([], {})
+    draft = Draft()
     for origin in modelfile.origins:
         await _add_origin(store, draft, origin, base_dir, resolve_model, where)
     for media_type, origins in ((ADAPTER_TYPE, modelfile.adapters), (DRAFT_TYPE, modelfile.drafts)):
         for origin in origins:
             await _add_part(store, draft, origin, base_dir, media_type)
+    return await finish_model(store, name, draft, modelfile)
+
+
+async def finish_model(
+    store: BlobStore,
+    name: ModelName,
+    draft: Draft,
+    modelfile: Modelfile,
+    tell: TellStatus = lambda _: None,
+) -> Manifest:
+    """Add what a Modelfile has besides files, and name it. What only the model that had the name
+    before needed is removed.
+    """
     await _add_texts(store, draft, modelfile)
-    manifest = build_manifest(await _put_config(store, draft, modelfile), draft.layers)
+    config = await _put_config(store, draft, modelfile)
+    for layer in draft.layers:
+        step = "creating new layer" if layer.digest in draft.written else "using existing layer"
+        tell(f"{step} {layer.digest}")
+    tell("writing manifest")
+    manifest = build_manifest(config, draft.layers)
     replaced = await _existing(store, name)
     await store.put_manifest(name, manifest)
     await store.remove_unused([digest for digest, _ in replaced])
@@ -147,7 +169,7 @@ async def _existing(store: BlobStore, name: ModelName) -> tuple[tuple[Digest, in
 
 async def _add_origin(
     store: BlobStore,
-    draft: _Draft,
+    draft: Draft,
     origin: Origin,
     base_dir: Path,
     resolve_model: ResolveModel,
@@ -162,12 +184,16 @@ async def _add_origin(
         source = parse_model_name(origin.text)
     except BadName as error:
         raise BadModelFile(place, f"{origin.text[:200]!r} is no file and no model name") from error
-    inherited = await resolve_model(source)
+    await inherit(store, draft, source, await resolve_model(source))
+
+
+async def inherit(store: BlobStore, draft: Draft, source: ModelName, manifest: Manifest) -> None:
+    """Take over the layers and the config of a model."""
     draft.layers += [
         Layer(layer.media_type, layer.digest, layer.size, str(source), layer.name)
-        for layer in inherited.layers
+        for layer in manifest.layers
     ]
-    draft.config = await read_json(store, inherited.config) | draft.config
+    draft.config = await read_json(store, manifest.config) | draft.config
 
 
 async def _existing_path(origin: Origin, base_dir: Path, place: str) -> Path | None:
@@ -210,18 +236,24 @@ def _absolute(path: Path, base_dir: Path = Path()) -> Path:
     return (base_dir / path.expanduser()).absolute()
 
 
-async def _add_file(store: BlobStore, draft: _Draft, path: Path) -> None:
+async def _add_file(store: BlobStore, draft: Draft, path: Path) -> None:
     # Looked at before it is imported: a file that is no model should not cost a copy.
     header = await trio.to_thread.run_sync(_read_file_header, path)
     digest = await store.import_file(path)
-    media_type = _media_type(header)
-    draft.layers.append(Layer(media_type, digest, await store.size_of(digest)))
-    if media_type == MODEL_TYPE:
+    add_header(draft, header, Layer(media_type_of(header), digest, await store.size_of(digest)))
+
+
+def add_header(draft: Draft, header: Header, layer: Layer) -> None:
+    """Add a file's layer, and what its header says."""
+    draft.layers.append(layer)
+    if layer.media_type == MODEL_TYPE:
         draft.config = _config_of(header) | {k: v for k, v in draft.config.items() if v}
+    if layer.media_type == DRAFT_TYPE and isinstance(header, GgufHeader):
+        draft.config["draft"] = {"model_format": "gguf", "architecture": header.architecture}
 
 
 async def _add_part(
-    store: BlobStore, draft: _Draft, origin: Origin, base_dir: Path, media_type: str
+    store: BlobStore, draft: Draft, origin: Origin, base_dir: Path, media_type: str
 ) -> None:
     place = f"Modelfile, line {origin.line}"
     path = await _existing_path(origin, base_dir, place)
@@ -230,14 +262,12 @@ async def _add_part(
     header = await trio.to_thread.run_sync(_read_file_header, path)
     if not isinstance(header, GgufHeader):
         raise BadModelFile(place, f"{path} is not a GGUF file")
-    if media_type == ADAPTER_TYPE and _media_type(header) != ADAPTER_TYPE:
+    if media_type == ADAPTER_TYPE and media_type_of(header) != ADAPTER_TYPE:
         raise BadModelFile(
             place, f"{path} is no adapter: its general.type is not adapter; name a LoRA file"
         )
     digest = await store.import_file(path)
-    draft.layers.append(Layer(media_type, digest, await store.size_of(digest)))
-    if media_type == DRAFT_TYPE:
-        draft.config["draft"] = {"model_format": "gguf", "architecture": header.architecture}
+    add_header(draft, header, Layer(media_type, digest, await store.size_of(digest)))
 
 
 def _read_file_header(path: Path) -> Header:
@@ -268,7 +298,8 @@ def read_header(read_at: ReadAt, size: int, where: str) -> Header:
     return read_gguf_header(read_at, size, where)
 
 
-def _media_type(header: Header) -> str:
+def media_type_of(header: Header) -> str:
+    """Which layer a file becomes."""
     if isinstance(header, SafetensorsHeader):
         return MODEL_TYPE
     kind = header.metadata.get("general.type")
@@ -302,8 +333,10 @@ def _config_of(header: Header) -> dict[str, Json]:
 # -- everything else ---------------------------------------------------------------------------
 
 
-async def _add_texts(store: BlobStore, draft: _Draft, modelfile: Modelfile) -> None:
+async def _add_texts(store: BlobStore, draft: Draft, modelfile: Modelfile) -> None:
     async def layer(media_type: str, data: bytes) -> Layer:
+        if not await store.has(digest_of(data)):
+            draft.written.add(digest_of(data))
         return Layer(media_type, await store.put(data), len(data))
 
     if modelfile.template:
@@ -333,7 +366,7 @@ def _message(message: Message) -> Mapping[str, Json]:
     return {"role": message.role, "content": message.content}
 
 
-async def _put_config(store: BlobStore, draft: _Draft, modelfile: Modelfile) -> Layer:
+async def _put_config(store: BlobStore, draft: Draft, modelfile: Modelfile) -> Layer:
     given = {
         "renderer": modelfile.renderer,
         "parser": modelfile.parser,

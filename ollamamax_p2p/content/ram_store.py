@@ -1,6 +1,6 @@
 """RamStore: the BlobStore contract in memory, for tests, simulations and small caches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -93,6 +93,21 @@ class RamStore:
             self._make_room(len(data))
             self._blobs[digest] = bytes(data)
         return digest
+
+    async def receive(
+        self, digest: Digest, parts: AsyncIterable[bytes], *, size: int | None = None
+    ) -> None:
+        """See BlobStore."""
+        self._check_writable()
+        self._make_room(size or 0)
+        data = bytearray()
+        async for part in parts:
+            data += part
+            self._make_room(len(data))
+        actual = digest_of(bytes(data))
+        if actual != digest:
+            raise DigestMismatch(digest, actual)
+        await self.put(bytes(data))
 
     async def import_file(self, path: Path, *, link: bool = False) -> Digest:
         """See BlobStore; there is nothing to link to in memory."""

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ollamamax_p2p.transfer.origin import Origin
-from ollamamax_p2p.transfer.progress import PullProgress, PullReport, SourceShare
+from ollamamax_p2p.transfer.progress import PullProgress, PullReport, PushReport, SourceShare
 from ollamamax_p2p.transfer.settings import OriginSettings, TransferSettings
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ __all__ = [
     "OriginSettings",
     "PullProgress",
     "PullReport",
+    "PushReport",
     "SourceShare",
     "Transfer",
     "TransferSettings",

@@ -2,8 +2,8 @@
 
 That library is httpcore2, on which httpx2 is built and with which it comes. httpx2's own client was
 not taken, because the address guard needs a network backend, which it does not let one set; what it
-adds (cookies, decompression, redirects, URLs in logs) is what must not happen here anyway. One GET
-is one connection or one from the pool; nothing is retried and no redirect is followed here.
+adds (cookies, decompression, redirects, URLs in logs) is what must not happen here anyway. One
+request is one connection or one from the pool; nothing is retried and no redirect is followed here.
 
 Proxies: HTTP_PROXY, HTTPS_PROXY and NO_PROXY, as Go and so Ollama read them. A proxy looks names up
 itself, so the guard sees its address and not the registry's; it was configured by whoever runs this
@@ -14,7 +14,15 @@ import ipaddress
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -109,9 +117,16 @@ class HttpClient:
         self._proxies = proxies
         self._pools: dict[str | None, httpcore2.AsyncConnectionPool] = {}
 
-    async def get(self, url: WebUrl, headers: Mapping[str, str]) -> HttpAnswer:
+    async def ask(
+        self,
+        method: str,
+        url: WebUrl,
+        headers: Mapping[str, str],
+        body: AsyncIterable[bytes] | None = None,
+    ) -> HttpAnswer:
         """Ask, and wait for the head of the answer; deadlines are the caller's.
 
+        body: of as many bytes as the header Content-Length says; None for none.
         Raises HttpTrouble; OriginUnavailable for an address that may not be connected to.
         """
         import httpcore2
@@ -121,7 +136,7 @@ class HttpClient:
             # The proxy would connect to it for us; only what names mean is beyond our sight.
             self._check(url.host, url.port, [url.host])
         request = httpcore2.Request(
-            "GET",
+            method,
             httpcore2.URL(
                 scheme=url.scheme.encode(),
                 host=(f"[{url.host}]" if ":" in url.host else url.host).encode(),
@@ -136,6 +151,7 @@ class HttpClient:
                     **headers,
                 }.items()
             ],
+            content=body,
         )
         with _translated():
             response = await self._pool(proxy).handle_async_request(request)

@@ -1,12 +1,14 @@
 """Origin: a registry on the internet as a pull sees it; `registry_origin` is the one over HTTP."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+from ollamamax_p2p.content import BlobStore
 from ollamamax_p2p.content.core.digest import Digest
 from ollamamax_p2p.content.core.manifest import Manifest
 from ollamamax_p2p.content.core.model_name import ModelName
+from ollamamax_p2p.transfer.progress import PullProgress, PushReport
 
 
 class Origin(Protocol):
@@ -26,4 +28,19 @@ class Origin(Protocol):
 
         Gives exactly end - start bytes or raises OriginUnavailable, OriginRefused, BlobNotFound.
         Leaving the block early ends the request.
+        """
+
+    async def push(
+        self,
+        name: ModelName,
+        manifest: Manifest,
+        store: BlobStore,
+        *,
+        insecure: bool = False,
+        on_progress: Callable[[PullProgress], None] = lambda _: None,
+    ) -> PushReport:
+        """Give the registry a model whose blobs are in the store, under this name.
+
+        on_progress: called in the event loop with every state; must not block.
+        Raises BadName, BlobNotFound, OriginUnavailable, OriginRefused.
         """

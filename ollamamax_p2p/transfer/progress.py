@@ -1,5 +1,5 @@
-"""What a pull tells while it runs and when it ends; shown by the CLI, streamed by the API, the same
-for library users.
+"""What a pull or a push tells while it runs and when it ends; shown by the CLI, streamed by the
+API, the same for library users.
 """
 
 from dataclasses import dataclass
@@ -19,18 +19,20 @@ class SourceShare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullProgress:
-    """One state of a running pull. `status` is what Ollama prints at the same point."""
+    """One state of a running pull, push or creation. `status` is what Ollama prints at the same
+    point.
+    """
 
     status: str
     """`pulling manifest`, `pulling <12 hex>`, `verifying sha256 digest`, `writing manifest`,
-    `success`.
+    `success`; `retrieving manifest`, `pushing <12 hex>`, `pushing manifest`.
     """
     digest: str | None = None
-    """The blob being pulled, while one is."""
+    """The blob being moved, while one is."""
     total: int = 0
     """Its bytes."""
     completed: int = 0
-    """Those that are here, verified; includes what an earlier, interrupted pull left."""
+    """Those that are at their goal, verified; includes what an earlier, interrupted pull left."""
     sources: tuple[SourceShare, ...] = ()
     """Over the whole pull, largest first."""
     active_sources: int = 0
@@ -59,3 +61,16 @@ class PullReport:
     sources: tuple[SourceShare, ...]
     banned: tuple[str, ...] = ()
     """Peers found lying."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushReport:
+    """How a push went."""
+
+    model: str
+    manifest_digest: str
+    bytes_total: int
+    """All of the model's blobs."""
+    bytes_sent: int
+    """What the registry did not have; counted once, however often it had to be sent."""
+    seconds: float

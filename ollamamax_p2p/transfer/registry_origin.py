@@ -13,73 +13,31 @@ number of times. The caller verifies the bytes.
 
 import os
 import random
-import re
-import secrets
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
-import msgspec
 import trio
 
+from ollamamax_p2p.content import BlobStore
 from ollamamax_p2p.content.core.digest import Digest
-from ollamamax_p2p.content.core.manifest import MANIFEST_BYTES_MAX, Manifest, parse_manifest
+from ollamamax_p2p.content.core.manifest import Manifest, parse_manifest
 from ollamamax_p2p.content.core.model_name import ModelName
-from ollamamax_p2p.errors import (
-    BadName,
-    BlobNotFound,
-    MalformedMessage,
-    ModelNotFound,
-    OmxError,
-    OriginRefused,
-    OriginUnavailable,
-)
-from ollamamax_p2p.transfer.http_client import (
-    HttpAnswer,
-    HttpClient,
-    HttpTrouble,
-    as_unavailable,
-    open_http_client,
-)
-from ollamamax_p2p.transfer.outbound_addresses import (
-    Resolver,
-    WebUrl,
-    host_listed,
-    parse_url,
-    system_resolver,
-)
-from ollamamax_p2p.transfer.registry_auth import (
-    TOKEN_ANSWER_BYTES_MAX,
-    SigningKey,
-    basic_authorization,
-    names,
-    parse_challenges,
-    read_token,
-    token_requests,
+from ollamamax_p2p.errors import MalformedMessage
+from ollamamax_p2p.transfer.outbound_addresses import Resolver, WebUrl, system_resolver
+from ollamamax_p2p.transfer.progress import PullProgress, PushReport
+from ollamamax_p2p.transfer.registry_auth import SigningKey
+from ollamamax_p2p.transfer.registry_push import RegistryPush
+from ollamamax_p2p.transfer.registry_requests import (
+    Body,
+    LateClient,
+    Place,
+    Requests,
+    Retries,
+    TryAgain,
+    place_of,
 )
 from ollamamax_p2p.transfer.settings import OriginSettings
-
-MANIFEST_TYPES = (
-    "application/vnd.docker.distribution.manifest.v2+json, "
-    "application/vnd.oci.image.manifest.v1+json"
-)
-
-REMEMBERED_MAX = 256
-"""Proofs, and places that blobs were redirected to: a pull needs one and a handful."""
-
-EXPLANATION_BYTES_MAX = 8_192
-EXPLANATION_CHARS_MAX = 200
-
-_K = TypeVar("_K")
-_V = TypeVar("_V")
-_REDIRECTS = {301, 302, 303, 307, 308}
-_TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
-_CONTENT_RANGE = re.compile(r"\Abytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)\Z")
 
 
 @asynccontextmanager
@@ -98,14 +56,14 @@ async def open_registry_origin(
     waits. environ: where proxies are read from, the process's own if None.
     """
     async with AsyncExitStack() as stack:
-        http = _LateClient(stack, settings, resolve, os.environ if environ is None else environ)
-        yield RegistryOrigin(settings, _Requests(settings, http, node_key, user_agent), rng)
+        http = LateClient(stack, settings, resolve, os.environ if environ is None else environ)
+        yield RegistryOrigin(settings, Requests(settings, http, node_key, user_agent), rng)
 
 
 class RegistryOrigin:
     """An `Origin` over HTTP. Made by `open_registry_origin`."""
 
-    def __init__(self, settings: OriginSettings, requests: "_Requests", rng: random.Random) -> None:
+    def __init__(self, settings: OriginSettings, requests: "Requests", rng: random.Random) -> None:
         self._settings = settings
         self._requests = requests
         self._rng = rng
@@ -114,7 +72,7 @@ class RegistryOrigin:
 
     async def manifest(self, name: ModelName, *, insecure: bool = False) -> Manifest:
         """See Origin."""
-        place = _place(name, self._settings, insecure=insecure)
+        place = place_of(name, self._settings, insecure=insecure)
         retries = Retries(self._settings, self._rng)
         while True:
             try:
@@ -134,7 +92,7 @@ class RegistryOrigin:
         """See Origin. At most `OriginSettings.connections` at once per registry; the rest wait."""
         if not 0 <= start <= end:
             raise ValueError(f"not a range: {start} to {end}")
-        place = _place(name, self._settings, insecure=insecure)
+        place = place_of(name, self._settings, insecure=insecure)
         slots = self._slots.setdefault(
             place.registry, trio.Semaphore(max(1, self._settings.connections))
         )
@@ -147,53 +105,18 @@ class RegistryOrigin:
             finally:
                 await parts.aclose()
 
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a model is."""
-
-    name: ModelName
-    registry: WebUrl
-    """scheme://host/, the only place that is shown proof."""
-    repository: str
-    """namespace/model."""
-
-    def url(self, kind: str, reference: str) -> WebUrl:
-        return parse_url(f"/v2/{self.repository}/{kind}/{reference}", base=self.registry)
-
-
-class TryAgain(Exception):
-    """A request failed in a way that trying again may mend."""
-
-    def __init__(self, url: WebUrl, problem: str, pause_s: float = 0.0) -> None:
-        """pause_s: how long the registry asks us to wait."""
-        super().__init__(problem)
-        self.url, self.problem, self.pause_s = url, problem, pause_s
-
-
-class Retries:
-    """How often, and after which wait, one thing is tried again. Pure."""
-
-    def __init__(self, settings: OriginSettings, rng: random.Random) -> None:
-        self._settings = settings
-        self._rng = rng
-        self._failed = 0
-
-    def wait_s(self, trouble: TryAgain) -> float:
-        """Seconds until the next try. Raises OriginUnavailable when there is to be none."""
-        settings = self._settings
-        self._failed += 1
-        if trouble.pause_s > settings.retry_after_max_s:
-            raise OriginUnavailable(
-                str(trouble.url),
-                f"{trouble.problem} and asks us to wait {trouble.pause_s:.0f} s; try again then",
-            )
-        if self._failed >= settings.tries:
-            times = "once" if self._failed == 1 else f"{self._failed} times"
-            raise OriginUnavailable(str(trouble.url), f"{trouble.problem} (tried {times})")
-        doubled = settings.backoff_first_s * 2.0 ** min(self._failed - 1, 32)
-        backoff = min(doubled, settings.backoff_max_s) * self._rng.uniform(0.5, 1.5)
-        return max(backoff, trouble.pause_s)
+    async def push(
+        self,
+        name: ModelName,
+        manifest: Manifest,
+        store: BlobStore,
+        *,
+        insecure: bool = False,
+        on_progress: Callable[[PullProgress], None] = lambda _: None,
+    ) -> PushReport:
+        """See Origin."""
+        push = RegistryPush(self._requests, self._settings, self._rng, store, on_progress)
+        return await push.run(name, manifest, insecure=insecure)
 
 
 class _RangeParts:
@@ -201,8 +124,8 @@ class _RangeParts:
 
     def __init__(
         self,
-        requests: "_Requests",
-        place: _Place,
+        requests: "Requests",
+        place: Place,
         digest: Digest,
         start: int,
         end: int,
@@ -211,7 +134,7 @@ class _RangeParts:
         self._requests, self._place, self._digest = requests, place, digest
         self._at, self._end = start, end
         self._retries = retries
-        self._body: _Body | None = None
+        self._body: Body | None = None
 
     def __aiter__(self) -> "_RangeParts":
         return self
@@ -243,364 +166,3 @@ class _RangeParts:
         if self._at == self._end:
             await self._body.finish()
         return part
-
-
-class _Body:
-    """An answer's body as it arrives; one that stalls or drips is given up."""
-
-    def __init__(
-        self, answer: HttpAnswer, url: WebUrl, settings: OriginSettings, *, exact: bool
-    ) -> None:
-        """exact: the answer says that it is as long as what is wanted of it."""
-        self.url = url
-        self._answer, self._settings, self._exact = answer, settings, exact
-        self._waited_s, self._bytes = 0.0, 0
-
-    async def part(self) -> bytes:
-        """The next bytes; empty at the end. Raises TryAgain."""
-        limit_s = self._settings.stall_timeout_s
-        began = trio.current_time()
-        part = None
-        with trio.move_on_after(limit_s):
-            try:
-                part = await self._answer.read()
-            except HttpTrouble as trouble:
-                raise TryAgain(self.url, str(trouble)) from None
-        if part is None:
-            raise TryAgain(self.url, f"sent nothing for {limit_s:g} s")
-        # Only our waiting counts, not what the reader does between two parts.
-        self._waited_s += trio.current_time() - began
-        self._bytes += len(part)
-        if self._waited_s >= limit_s:
-            self._judge_rate()
-        return part
-
-    async def finish(self) -> None:
-        """All that is wanted is here: leave the connection usable for the next request."""
-        if self._exact:
-            await self.part()
-
-    async def aclose(self) -> None:
-        await self._answer.aclose()
-
-    def _judge_rate(self) -> None:
-        rate = self._bytes / self._waited_s
-        if rate < self._settings.slowest_bytes_per_s:
-            raise TryAgain(self.url, f"sends only {rate:.0f} bytes per second")
-        self._waited_s, self._bytes = 0.0, 0
-
-
-class _Requests:
-    """One request at a time to a registry: redirects, challenges, and what an answer must be."""
-
-    def __init__(
-        self,
-        settings: OriginSettings,
-        http: "_LateClient",
-        node_key: SigningKey | None,
-        user_agent: str,
-    ) -> None:
-        self._settings, self._http = settings, http
-        self._node_key, self._user_agent = node_key, user_agent
-        self._proofs: OrderedDict[tuple[WebUrl, str], str] = OrderedDict()
-        # Where a registry sent us for a blob. Asking it again for each range of a large blob would
-        # be thousands of requests that all bring the same answer.
-        self._elsewhere: OrderedDict[tuple[WebUrl, Digest], WebUrl] = OrderedDict()
-
-    async def manifest(self, place: _Place) -> bytes:
-        """A manifest's bytes. Raises TryAgain and what Origin says."""
-        url = place.url("manifests", place.name.tag)
-        answer, url = await self._ask(place, url, {"Accept": MANIFEST_TYPES})
-        try:
-            if answer.status != 200:
-                await self._raise_status(answer, url, place, ModelNotFound(str(place.name)))
-            _require_plain(answer, url)
-            return await self._whole(answer, url, MANIFEST_BYTES_MAX)
-        finally:
-            await answer.aclose()
-
-    async def blob(self, place: _Place, digest: Digest, start: int, end: int) -> _Body:
-        """The body with a blob's bytes [start, end). Raises TryAgain and what Origin says."""
-        key = place.registry, digest
-        headers = {"Range": f"bytes={start}-{end - 1}", "Accept": "application/octet-stream, */*"}
-        known = self._elsewhere.pop(key, None)
-        answer, url = await self._ask(place, known or place.url("blobs", digest), headers)
-        if known is not None and answer.status not in (200, 206):
-            # Such places expire; the registry names a new one.
-            await answer.aclose()
-            answer, url = await self._ask(place, place.url("blobs", digest), headers)
-        try:
-            if answer.status not in (200, 206):
-                await self._raise_status(answer, url, place, BlobNotFound(digest))
-            _require_plain(answer, url)
-            exact = _require_range(answer, url, start, end)
-        except BaseException:
-            await answer.aclose()
-            raise
-        if url.origin != place.registry.origin:
-            _remember(self._elsewhere, key, url)
-        return _Body(answer, url, self._settings, exact=exact)
-
-    async def _ask(
-        self, place: _Place, url: WebUrl, headers: Mapping[str, str]
-    ) -> tuple[HttpAnswer, WebUrl]:
-        """GET, through redirects and one challenge; the answer and where it came from."""
-        at_home, challenged, redirects = url.origin == place.registry.origin, False, 0
-        key = place.registry, place.repository
-        while True:
-            proof = {"Authorization": self._proofs[key]} if at_home and key in self._proofs else {}
-            answer = await self._get(url, {**headers, **proof})
-            if answer.status in _REDIRECTS:
-                await answer.aclose()
-                redirects += 1
-                if redirects > self._settings.redirects_max:
-                    raise OriginUnavailable(str(url), "redirects us too often")
-                url = self._redirected(answer, url)
-                # For good: a redirect that comes back is one that a stranger chose.
-                at_home = at_home and url.origin == place.registry.origin
-            elif answer.status == 401 and at_home and not challenged:
-                await answer.aclose()
-                challenged = True
-                self._proofs.pop(key, None)
-                _remember(self._proofs, key, await self._proof(answer, url))
-            else:
-                return answer, url
-
-    async def _get(self, url: WebUrl, headers: Mapping[str, str]) -> HttpAnswer:
-        """One request, no further than the head of its answer. Raises TryAgain."""
-        http = await self._http.opened()
-        limit_s = self._settings.answer_timeout_s
-        with trio.move_on_after(limit_s):
-            try:
-                return await http.get(url, {"User-Agent": self._user_agent, **headers})
-            except HttpTrouble as trouble:
-                if trouble.final:
-                    raise as_unavailable(url, trouble) from None
-                raise TryAgain(url, str(trouble)) from None
-        raise TryAgain(url, f"did not answer within {limit_s:g} s")
-
-    def _redirected(self, answer: HttpAnswer, url: WebUrl) -> WebUrl:
-        try:
-            target = parse_url(answer.header("location"), base=url)
-        except ValueError as error:
-            raise OriginUnavailable(str(url), f"redirects us to {error}") from None
-        if target.scheme == "http" and url.scheme == "https":
-            raise OriginUnavailable(
-                str(url), f"redirects us from https to plain http ({target}), which is refused"
-            )
-        listed = host_listed(target.host, target.port, self._settings.insecure)
-        if target.scheme == "http" and target.origin != url.origin and not listed:
-            raise OriginUnavailable(
-                str(url),
-                f"redirects us to {target} by plain http; if that is meant, "
-                f'add "{target.authority}" to origin.insecure',
-            )
-        return target
-
-    async def _proof(self, answer: HttpAnswer, url: WebUrl) -> str:
-        """The Authorization header that a 401 asks for."""
-        challenges = parse_challenges(answer.headers.get("www-authenticate", []))
-        credentials = self._credentials(url)
-        for challenge in challenges:
-            if challenge.scheme == "bearer":
-                asked = token_requests(
-                    challenge,
-                    registry=url,
-                    credentials=credentials,
-                    key=self._node_key,
-                    token_hosts=self._settings.token_hosts,
-                    timestamp=int(datetime.now(UTC).timestamp()),
-                    nonce=secrets.token_bytes(16),
-                )
-                for request in asked:
-                    if (token := await self._token(request.url, request.headers)) is not None:
-                        return f"Bearer {token}"
-                _refuse_login(url, has_credentials=credentials is not None)
-        if credentials is not None and any(each.scheme == "basic" for each in challenges):
-            return basic_authorization(credentials)
-        _refuse_login(url, has_credentials=False)
-
-    async def _token(self, url: WebUrl, headers: Mapping[str, str]) -> str | None:
-        """A token, or None if the service says no. It is not followed anywhere else."""
-        answer = await self._get(url, {"Accept": "application/json", **headers})
-        try:
-            if answer.status in _TRY_AGAIN:
-                raise TryAgain(url, f"answered {answer.status}", _pause_s(answer))
-            if answer.status in (400, 401, 403, 404):
-                return None
-            if answer.status != 200:
-                raise OriginUnavailable(
-                    str(url), f"the token service answered {answer.status}, which makes no sense"
-                )
-            _require_plain(answer, url)
-            return read_token(await self._whole(answer, url, TOKEN_ANSWER_BYTES_MAX), url=url)
-        finally:
-            await answer.aclose()
-
-    async def _whole(self, answer: HttpAnswer, url: WebUrl, limit: int) -> bytes:
-        body = _Body(answer, url, self._settings, exact=True)
-        whole = bytearray()
-        while part := await body.part():
-            whole += part
-            if len(whole) > limit:
-                raise OriginUnavailable(str(url), f"the answer is longer than {limit:,} bytes")
-        return bytes(whole)
-
-    async def _raise_status(
-        self, answer: HttpAnswer, url: WebUrl, place: _Place, missing: OmxError
-    ) -> NoReturn:
-        """What an answer that is not a success means."""
-        status = answer.status
-        if status == 404:
-            raise missing
-        if status in _TRY_AGAIN:
-            raise TryAgain(url, f"answered {status}", _pause_s(answer))
-        if status == 401 and url.origin == place.registry.origin:
-            _refuse_login(url, has_credentials=self._credentials(url) is not None)
-        if status == 416:
-            raise OriginUnavailable(str(url), "says that the blob is shorter than its manifest")
-        if not 400 <= status < 500:
-            raise OriginUnavailable(str(url), f"answered {status}, which makes no sense here")
-        explained = await self._explanation(answer, url, place)
-        raise OriginRefused(str(url), f"answered {status}{explained}", status)
-
-    async def _explanation(self, answer: HttpAnswer, url: WebUrl, place: _Place) -> str:
-        """What a registry says about its no: hf.co tells there that a repository has no GGUF."""
-        try:
-            raw = await self._whole(answer, url, EXPLANATION_BYTES_MAX)
-            said = msgspec.json.decode(raw, type=_RegistryError).text()
-        except (
-            TryAgain,
-            OriginUnavailable,
-            msgspec.DecodeError,
-            UnicodeDecodeError,
-            RecursionError,  # JSON that is deep enough
-        ):
-            return ""
-        proof = self._proofs.get((place.registry, place.repository), "")
-        known = [proof.partition(" ")[2], *(self._credentials(url) or "").split(":", 1)[1:]]
-        if not said or any(secret and secret in said for secret in known):
-            return ""
-        clean = "".join(char if char.isprintable() else " " for char in said)
-        return f": {clean[:EXPLANATION_CHARS_MAX]}"
-
-    def _credentials(self, url: WebUrl) -> str | None:
-        return next(
-            (secret for host, secret in self._settings.credentials.items() if names(host, url)),
-            None,
-        )
-
-
-class _LateClient:
-    """The HTTP client, opened by the first request: a swarm may never ask an origin."""
-
-    def __init__(
-        self,
-        stack: AsyncExitStack,
-        settings: OriginSettings,
-        resolve: Resolver,
-        environ: Mapping[str, str],
-    ) -> None:
-        self._stack, self._settings = stack, settings
-        self._resolve, self._environ = resolve, environ
-        self._opening = trio.Lock()
-        self._client: HttpClient | None = None
-
-    async def opened(self) -> HttpClient:
-        async with self._opening:
-            if self._client is None:
-                self._client = await self._stack.enter_async_context(
-                    open_http_client(
-                        allow_private=self._settings.allow_private,
-                        resolve=self._resolve,
-                        environ=self._environ,
-                    )
-                )
-        return self._client
-
-
-class _RegistryMessage(msgspec.Struct):
-    message: str = ""
-
-
-class _RegistryError(msgspec.Struct):
-    """`{"error": "…"}` as Ollama's and hf.co's, `{"errors": [{"message": "…"}]}` as OCI's."""
-
-    error: str = ""
-    errors: list[_RegistryMessage] = []
-
-    def text(self) -> str:
-        return self.error or (self.errors[0].message if self.errors else "")
-
-
-def _place(name: ModelName, settings: OriginSettings, *, insecure: bool) -> _Place:
-    """Where a name's registry is; http only if that was allowed for it. Raises BadName."""
-    try:
-        secure = parse_url(f"https://{name.host}/")
-        plain = parse_url(f"http://{name.host}/")
-    except ValueError:
-        raise BadName(str(name), f"{name.host!r} is not a host that can be asked") from None
-    by_http = insecure or host_listed(plain.host, plain.port, settings.insecure)
-    return _Place(name, plain if by_http else secure, f"{name.namespace}/{name.model}")
-
-
-def _require_plain(answer: HttpAnswer, url: WebUrl) -> None:
-    """Bytes must come as they are: unpacking a stranger's bytes is how small answers fill memory,
-    and a range of a packed blob is not a range of the blob.
-    """
-    encoding = ", ".join(answer.headers.get("content-encoding", [])).strip().lower()
-    if encoding not in ("", "identity"):
-        raise OriginUnavailable(str(url), f"sent the answer {encoding}-compressed, which we refuse")
-
-
-def _require_range(answer: HttpAnswer, url: WebUrl, start: int, end: int) -> bool:
-    """Check that an answer is bytes [start, end), or begins with them; whether it says exactly.
-
-    A 200, the whole blob, is taken when its beginning is what is wanted: the rest is not read.
-    """
-    length = answer.header("content-length")
-    if answer.status == 200:
-        if start > 0:
-            raise OriginUnavailable(
-                str(url), "sends the whole blob when asked for a part, so it cannot be a source"
-            )
-        if length.isdecimal() and len(length) < 20 and int(length) < end:
-            raise OriginUnavailable(str(url), f"has only {length} of {end} bytes of the blob")
-        return length == str(end)
-    match = _CONTENT_RANGE.match(answer.header("content-range"))
-    if match is None or (int(match[1]), int(match[2])) != (start, end - 1):
-        raise OriginUnavailable(str(url), "sends another range than the one it was asked for")
-    if length and length != str(end - start):
-        raise OriginUnavailable(str(url), f"sends {length} bytes when asked for {end - start}")
-    return bool(length)
-
-
-def _pause_s(answer: HttpAnswer) -> float:
-    """Retry-After in seconds, given either way; 0 if it is missing or not understood."""
-    text = answer.header("retry-after").strip()
-    if text.isdecimal() and len(text) < 10:
-        return float(text)
-    try:
-        until = parsedate_to_datetime(text)
-        aware = until if until.tzinfo else until.replace(tzinfo=UTC)
-        return max(0.0, (aware - datetime.now(UTC)).total_seconds())
-    except (ValueError, OverflowError):  # the second for years and zones beyond any calendar
-        return 0.0
-
-
-def _refuse_login(url: WebUrl, *, has_credentials: bool) -> NoReturn:
-    if has_credentials:
-        problem = f'does not take the user and password of origin.credentials."{url.authority}"'
-    else:
-        problem = (
-            "wants to know who asks; set user:password for "
-            f'"{url.authority}" in origin.credentials, or check the model\'s name'
-        )
-    raise OriginRefused(str(url), problem, 401)
-
-
-def _remember(kept: OrderedDict[_K, _V], key: _K, value: _V) -> None:
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > REMEMBERED_MAX:
-        kept.popitem(last=False)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from datetime import timedelta
 from itertools import accumulate
 
@@ -496,3 +497,75 @@ async def test_room_promised_to_one_pull_is_not_given_to_another(tmp_path):
         assert await store.free_bytes() < 2**29 + 2**28
         with pytest.raises(StoreFull):
             await store.partial(digest_of(b""), 2**30)
+
+
+async def arriving(*parts: bytes):
+    for part in parts:
+        await trio.lowlevel.checkpoint()
+        yield part
+
+
+@pytest.mark.parametrize("size", [None, len(BLOB)])
+async def test_a_blob_is_received_in_parts_of_any_size(store, size):
+    parts = BLOB[:1], BLOB[1:70_000], b"", BLOB[70_000:]
+    await store.receive(DIGEST, arriving(*parts), size=size)
+    async with await store.open(DIGEST) as reader:
+        assert await reader.read_at(0, reader.size) == BLOB
+    await store.receive(DIGEST, arriving(BLOB))  # once more does no harm
+    assert await store.blobs() == [DIGEST]
+
+
+async def test_a_blob_that_is_not_what_it_says_leaves_nothing(store):
+    with pytest.raises(DigestMismatch) as caught:
+        await store.receive(DIGEST, arriving(BLOB, b"more"))
+    assert caught.value.actual == digest_of(BLOB + b"more")
+    assert (await store.blobs(), await store.partials()) == ([], [])
+
+
+async def test_a_blob_that_breaks_off_leaves_nothing(store, tmp_path):
+    async def broken():
+        yield BLOB
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        await store.receive(DIGEST, broken())
+    with trio.CancelScope() as scope:
+
+        async def cancelled():
+            yield BLOB
+            scope.cancel()
+            await trio.lowlevel.checkpoint()
+
+        await store.receive(DIGEST, cancelled())
+    assert scope.cancelled_caught
+    assert await store.blobs() == []
+    assert [path for path in tmp_path.rglob("new-*")] == []
+
+
+async def test_a_blob_too_large_to_receive_is_refused_before_it_begins(store):
+    asked = []
+
+    async def never():
+        asked.append(True)
+        yield b""
+
+    with pytest.raises(StoreFull):
+        await store.receive(DIGEST, never(), size=2**60)
+    assert not asked
+
+
+async def test_a_blob_that_does_not_say_its_size_stops_where_the_room_ends(tmp_path):
+    ram = RamStore(capacity_bytes=len(BLOB) - 1)
+    with pytest.raises(StoreFull):
+        await ram.receive(DIGEST, arriving(BLOB[:9], BLOB[9:]))
+    free = shutil.disk_usage(tmp_path).free
+    nearly_all = ContentSettings(reserve_bytes=free + 2**30)
+    async with open_disk_store(tmp_path / "models", tmp_path / "side", nearly_all) as disk:
+        with pytest.raises(StoreFull):
+            await disk.receive(DIGEST, arriving(BLOB))
+        assert await disk.blobs() == []
+
+
+async def test_a_store_that_may_only_be_read_receives_nothing(locked_store):
+    with pytest.raises(StoreReadOnly):
+        await locked_store.receive(DIGEST, arriving(BLOB))

@@ -11,17 +11,20 @@ import httpx2
 import pytest
 import trio
 
+from ollamamax_p2p.content import RamStore
 from ollamamax_p2p.content.core.digest import Digest, digest_of
 from ollamamax_p2p.content.core.manifest import (
     CONFIG_TYPE,
     MANIFEST_TYPE,
     MODEL_TYPE,
+    TEMPLATE_TYPE,
     Layer,
     Manifest,
     build_manifest,
 )
 from ollamamax_p2p.content.core.model_name import ModelName, parse_model_name
 from ollamamax_p2p.errors import BlobNotFound, ModelNotFound, OriginRefused
+from ollamamax_p2p.transfer import PullProgress, registry_push
 from ollamamax_p2p.transfer.registry_origin import RegistryOrigin, open_registry_origin
 from ollamamax_p2p.transfer.settings import OriginSettings
 from tests.network.counterparts import docker_registry
@@ -156,3 +159,51 @@ async def test_a_docker_registry_with_a_password_says_no_without_it(
             await origin.manifest(parse_model_name(f"{guarded_registry}/lab/tiny:q4"))
         assert caught.value.status == 401
         assert "wrong-password" not in str(caught.value)
+
+
+async def stored() -> tuple[RamStore, Manifest]:
+    """A model in memory, as the one that `pushed` puts into a registry."""
+    store = RamStore()
+    layers = [
+        Layer(MODEL_TYPE, await store.put(MODEL), len(MODEL)),
+        Layer(TEMPLATE_TYPE, await store.put(b""), 0),  # an empty blob is one too
+    ]
+    return store, build_manifest(Layer(CONFIG_TYPE, await store.put(CONFIG), len(CONFIG)), layers)
+
+
+async def test_a_pushed_model_comes_out_again(
+    registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_push, "PART_BYTES_MIN", 1_500_000)  # so that there are several
+    store, manifest = await stored()
+    name = parse_model_name(f"{registry}/lab/tiny:q4")
+    states: list[PullProgress] = []
+    async with origin_of(registry) as origin:
+        report = await origin.push(name, manifest, store, on_progress=states.append)
+        assert await origin.manifest(name) == manifest
+        blob = await fetched(origin, name, digest_of(MODEL), 0, len(MODEL))
+        assert digest_of(blob) == digest_of(MODEL)
+        assert (report.bytes_total, report.bytes_sent) == (manifest.size, manifest.size)
+        assert [state.status for state in states[-2:]] == ["pushing manifest", "success"]
+        of_model = [each for each in states if each.digest == digest_of(MODEL)]
+        assert of_model[0].status == f"pushing {digest_of(MODEL)[7:19]}"
+        assert (of_model[0].completed, of_model[-1].completed) == (0, len(MODEL))
+
+        again = await origin.push(name, manifest, store)
+        assert again.bytes_sent == 0
+
+        source = Layer(MODEL_TYPE, digest_of(MODEL), len(MODEL), str(name))
+        second = build_manifest(manifest.config, [source])
+        mounted = await origin.push(parse_model_name(f"{registry}/lab/two:1"), second, store)
+        assert mounted.bytes_sent == len(CONFIG)
+
+
+async def test_a_push_shows_its_password_and_not_to_who_has_none(guarded_registry: str) -> None:
+    store, manifest = await stored()
+    name = parse_model_name(f"{guarded_registry}/lab/tiny:q4")
+    async with origin_of(guarded_registry, "hunter2") as origin:
+        await origin.push(name, manifest, store)
+        assert await origin.manifest(name) == manifest
+    async with origin_of(guarded_registry) as origin:
+        with pytest.raises(OriginRefused, match=r"origin\.credentials"):
+            await origin.push(name, manifest, store)

@@ -18,7 +18,7 @@ from ollamamax_p2p.transfer.registry_auth import (
     read_token,
     token_requests,
 )
-from ollamamax_p2p.transfer.registry_origin import Retries, TryAgain
+from ollamamax_p2p.transfer.registry_requests import Retries, TryAgain
 from ollamamax_p2p.transfer.settings import OriginSettings
 
 REGISTRY = parse_url("https://registry.example/v2/")

@@ -26,11 +26,11 @@ NAME_BYTES_MAX = 1_024
 DIMENSION_COUNT_MAX = 8
 """The specification has four; some tools write one more."""
 ARRAY_KEPT_MAX = 1_024
-"""Longer arrays are known by their length only."""
+"""Longer arrays are known by their length only, unless a caller wants more."""
 STRING_KEPT_BYTES_MAX = 1024 * 1024
 """Chat templates have up to some 50 KB."""
 KEPT_BYTES_MAX = 16 * 1024 * 1024
-"""All values together; what is beyond is passed over."""
+"""All values together, unless a caller wants more; what is beyond is passed over."""
 _ELEMENTS_MAX = 2**50
 
 _SCALARS = {
@@ -128,11 +128,20 @@ class GgufHeader:
         return self.metadata.get(f"{self.architecture}.{key}")
 
 
-def read_gguf_header(read_at: ReadAt, size: int, where: str = "GGUF file") -> GgufHeader:
+def read_gguf_header(
+    read_at: ReadAt,
+    size: int,
+    where: str = "GGUF file",
+    *,
+    array_kept_max: int = ARRAY_KEPT_MAX,
+    kept_bytes_max: int = KEPT_BYTES_MAX,
+) -> GgufHeader:
     """Read the header of a file of `size` bytes.
 
-    where: names the file in errors. Raises BadModelFile, with the byte at which it goes wrong; a
-    file whose tensors reach beyond its end is one.
+    where: names the file in errors. array_kept_max: longer arrays are known by their length only.
+    kept_bytes_max: for all values together; what is beyond is passed over.
+    Raises BadModelFile, with the byte at which it goes wrong; a file whose tensors reach beyond its
+    end is one.
     """
     cursor = Cursor(read_at, size, where, HEADER_BYTES_MAX)
     version = _read_version(cursor)
@@ -140,7 +149,7 @@ def read_gguf_header(read_at: ReadAt, size: int, where: str = "GGUF file") -> Gg
     key_count = cursor.expect(_count(cursor, 8), 13, "metadata entries")
     if tensor_count > TENSOR_COUNT_MAX or key_count > KEY_COUNT_MAX:
         raise cursor.bad(f"{tensor_count} tensors and {key_count} metadata entries are too many")
-    metadata = _read_metadata(cursor, key_count)
+    metadata = _read_metadata(cursor, key_count, array_kept_max, kept_bytes_max)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**20 or alignment % 8:
         raise cursor.bad(f"an alignment of {alignment!r}")
@@ -162,15 +171,14 @@ def _read_version(cursor: Cursor) -> int:
     return version
 
 
-def _read_metadata(cursor: Cursor, key_count: int) -> dict[str, Value]:
+def _read_metadata(cursor: Cursor, key_count: int, array_max: int, keep: int) -> dict[str, Value]:
     metadata: dict[str, Value] = {}
-    keep = KEPT_BYTES_MAX
     for _ in range(key_count):
         key = _name(cursor, "key")
         type_number = _count(cursor, 4)
         if key in metadata:
             raise cursor.bad(f"the key {key[:80]!r} twice")
-        value = metadata[key] = _read_value(cursor, type_number, keep)
+        value = metadata[key] = _read_value(cursor, type_number, keep, array_max)
         keep -= min(_kept_bytes(value), keep)
     return metadata
 
@@ -182,20 +190,20 @@ def _kept_bytes(value: "Value | Skipped") -> int:
     return sum(8 + _kept_bytes(item) for item in value) if isinstance(value, tuple) else 0
 
 
-def _read_value(cursor: Cursor, type_number: int, keep: int) -> Value:
+def _read_value(cursor: Cursor, type_number: int, keep: int, array_max: int) -> Value:
     if type_number == _ARRAY:
-        return _read_array(cursor, keep)
+        return _read_array(cursor, keep, array_max)
     if type_number == _STRING:
         return _string(cursor, keep)
     return _scalar(cursor, type_number)
 
 
-def _read_array(cursor: Cursor, keep: int) -> Value:
+def _read_array(cursor: Cursor, keep: int, array_max: int) -> Value:
     item_type = _count(cursor, 4)
     length = _count(cursor, 8)
     if item_type == _STRING:
         cursor.expect(length, 8, "strings")
-        if length <= ARRAY_KEPT_MAX and length * 8 <= keep:
+        if length <= array_max and length * 8 <= keep:
             return tuple(_string(cursor, keep // length) for _ in range(length))
         for _ in range(length):
             cursor.skip(_count(cursor, 8))
@@ -204,7 +212,7 @@ def _read_array(cursor: Cursor, keep: int) -> Value:
     if layout is None:
         raise cursor.bad(f"an array of type {item_type}")
     cursor.expect(length, layout.size, "array items")
-    if length <= ARRAY_KEPT_MAX and length * 8 <= keep:
+    if length <= array_max and length * 8 <= keep:
         return tuple(_scalar(cursor, item_type) for _ in range(length))
     cursor.skip(length * layout.size)
     return Skipped("array", length)
