@@ -1,5 +1,5 @@
-"""A ServedInference in RAM over ScriptedBackends: asks the first, and goes on with the next when one
-breaks off midway; or says just what the test gives it.
+"""A ServedInference in RAM over ScriptedBackends: asks the first, and goes on with the next when
+one breaks off midway; or says just what the test gives it.
 """
 
 from collections.abc import AsyncIterator, Sequence

@@ -303,15 +303,14 @@ async def test_thoughts_and_calls_are_items_of_a_response(autojump_clock):
         body = {"model": "tiny", "input": "hello"}
         events = (await client.post("/v1/responses", body | {"stream": True})).events()
         whole = (await client.post("/v1/responses", body)).json()
-    done = [data["item"]["type"] for name, data in events if name == "response.output_item.done"]
-    assert done == ["reasoning", "function_call"] or done == [
-        "reasoning",
-        "message",
-        "function_call",
-    ]
-    assert [item["type"] for item in whole["output"]] == ["reasoning", "function_call"]
-    assert whole["output"][1]["arguments"] == r'{"x":1,"y":"\u003c"}'
-    assert whole["output"][1]["call_id"] == "call_abcdefgh"
+    done = [data for name, data in events if name == "response.output_item.done"]
+    kinds = ["reasoning", "message", "function_call"]
+    assert [data["item"]["type"] for data in done] == kinds
+    assert [data["output_index"] for data in done] == [0, 1, 2]
+    assert [item["type"] for item in events[-1][1]["response"]["output"]] == kinds
+    assert [item["type"] for item in whole["output"]] == kinds
+    assert whole["output"][2]["arguments"] == r'{"x":1,"y":"\u003c"}'
+    assert whole["output"][2]["call_id"] == "call_abcdefgh"
 
 
 async def test_the_items_of_a_responses_input_become_messages(autojump_clock):
