@@ -85,7 +85,7 @@ def make_app(
         for each in ROUTES
     ]
     if inference is not None:
-        routes += inference_routes(inference, node, pulls)
+        routes = inference_routes(inference, node, pulls) + routes  # asked most: matched first
     return Starlette(
         routes=[*routes, WebSocketRoute(EVENTS_PATH, events)],
         middleware=[Middleware(Guard, token=token)],
