@@ -8,10 +8,12 @@ part, telling who answered, stopping the engine when the client goes.
 import re
 import secrets
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import trio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -31,6 +33,9 @@ from ollamamax_p2p.router import Answer, Call, QueuePlace, Server
 
 ANSWER_CHARS_MAX = 32 * 1024 * 1024
 """Of an answer that is collected before it is sent: an engine that never ends is stopped."""
+
+OUTBOX_BYTES_MAX = 64 * 1024
+"""Of an answer that wait for a client who does not read; then the engine waits too."""
 
 DEADLINE_MS_MAX = 86_400_000
 PRIORITIES: Mapping[str, int] = {"low": 0, "normal": 1, "high": 2}
@@ -204,16 +209,65 @@ class StreamedAnswer:
 
     async def _stream(self, answer: Answer, send: Send) -> None:
         shape = self._shape
-        opening = shape.begin()
-        if opening:
-            await _send_part(send, opening)
-        async for part in answer:
-            if isinstance(part, Delta):
-                data = shape.delta(part)
-            else:
-                data = shape.finish(part, len(answer.servers) - 1)
-            if data:
-                await _send_part(send, data)
+        async with _open_outbox(send) as outbox:
+            await outbox.put(shape.begin())
+            try:
+                async for part in answer:
+                    if isinstance(part, Delta):
+                        await outbox.put(shape.delta(part))
+                    else:
+                        await outbox.put(shape.finish(part, len(answer.servers) - 1))
+            except Exception as error:  # noqa: BLE001 - the border: told in the dialect's words
+                await outbox.put(shape.broken(error))
+
+
+class _Outbox:
+    """Bytes on their way to one client. What comes while a write is under way goes with the next
+    one: nothing waits for more to come, and a thousand parts a second do not take a thousand writes
+    (a write through the HTTP server takes four turns of the event loop, a part one).
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._waiting = bytearray()
+        self._changed = trio.Event()
+        self._room = trio.Event()
+        self._closed = False
+
+    async def put(self, data: bytes) -> None:
+        """Returns when it is taken; waits while the client takes nothing."""
+        while len(self._waiting) > OUTBOX_BYTES_MAX:
+            self._room = trio.Event()
+            await self._room.wait()
+        self._waiting += data
+        self._changed.set()
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self._closed = True
+        self._changed.set()
+
+    async def write(self) -> None:
+        """Write until it is closed and everything is written."""
+        while self._waiting or not self._closed:
+            if not self._waiting:
+                await self._changed.wait()
+                self._changed = trio.Event()
+                continue
+            data = bytes(self._waiting)
+            self._waiting.clear()
+            self._room.set()
+            await _send_part(self._send, data)
+
+
+@asynccontextmanager
+async def _open_outbox(send: Send) -> AsyncIterator[_Outbox]:
+    """Everything that was put is written when the block ends."""
+    outbox = _Outbox(send)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.write)
+        yield outbox
+        outbox.close()
 
 
 async def _send_part(send: Send, data: bytes) -> None:

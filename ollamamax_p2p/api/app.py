@@ -85,7 +85,7 @@ def make_app(
     settings = settings or ApiSettings()
     routes = store_routes(node, pulls, inference)
     if inference is not None:
-        routes += inference_routes(inference, node, pulls)
+        routes = inference_routes(inference, node, pulls) + routes  # asked most: matched first
     _only_their_methods(routes)
     if serves_ours:
         routes += _our_routes(node, pulls)

@@ -95,11 +95,16 @@ def status_and_text(error: BaseException) -> tuple[int, str]:
 
 
 def retry_after(error: BaseException) -> list[Header]:
-    """The header that says when to come again, where the error knows; Ollama has none."""
+    """Headers that say when to come again, and what the place in the queue would have been, where
+    the error knows; Ollama has none.
+    """
     named = errors.first_named(error)
     if not isinstance(named, errors.QueueFull):
         return []
-    return [(b"retry-after", str(max(1, round(named.retry_after_s))).encode())]
+    return [
+        (b"retry-after", str(max(1, round(named.retry_after_s))).encode()),
+        (b"omx-queue-position", str(named.limit + 1).encode()),
+    ]
 
 
 def json_response(value: Any, status: int = 200, headers: Sequence[Header] = ()) -> Response:

@@ -202,7 +202,7 @@ def _content(given: Any, where: str) -> tuple[str, tuple[bytes, ...]]:
 
 
 class ResponsesShape:
-    """/v1/responses. Text after a tool call is not told, as in Ollama."""
+    """/v1/responses. Text that comes after a tool call is not told, as in Ollama."""
 
     content_type = b"text/event-stream"
 
@@ -235,7 +235,7 @@ class ResponsesShape:
         if part.thinking:
             data += self._think(part.thinking)
         for call in part.tool_calls:
-            data += self._end_thinking() + self._call(call)
+            data += self._end_thinking() + self._end_message() + self._call(call)
         if part.text and not self._calls:
             data += self._end_thinking() + self._say(part.text)
         return data
@@ -243,9 +243,9 @@ class ResponsesShape:
     def finish(self, part: Finish, moved: int) -> bytes:
         """What is open is closed, then the whole response comes once more."""
         data = self._end_thinking()
-        if not self._calls:
-            data += b"" if self._speaks else self._begin_message()
-            data += self._end_message()
+        if not self._calls and not self._speaks:
+            data += self._begin_message()
+        data += self._end_message()
         cut = part.reason == "length"
         response = self._object(
             "incomplete" if cut else "completed", self._output, _usage(part.usage)
@@ -338,6 +338,9 @@ class ResponsesShape:
         ) + self._event("response.content_part.added", **self._text_place(), part=_text_part(""))
 
     def _end_message(self) -> bytes:
+        if not self._speaks:
+            return b""
+        self._speaks = False
         text = "".join(self._texts)
         part = _text_part(text)
         item = _message_item(self._message_id, "completed", [part])
@@ -354,12 +357,11 @@ class ResponsesShape:
     def whole(self, answer: WholeAnswer, headers: list[Header]) -> Response:
         """One object."""
         output = [_reasoning_item(self._id, answer.thinking)] if answer.thinking else []
-        if answer.tool_calls:
-            output += [
-                _call_item(self._id, index, call) for index, call in enumerate(answer.tool_calls)
-            ]
-        else:
+        if answer.text or not answer.tool_calls:
             output.append(_message_item(self._message_id, "completed", [_text_part(answer.text)]))
+        output += [
+            _call_item(self._id, index, call) for index, call in enumerate(answer.tool_calls)
+        ]
         cut = answer.finish.reason == "length"
         status = "incomplete" if cut else "completed"
         response = self._object(status, output, _usage(answer.usage))

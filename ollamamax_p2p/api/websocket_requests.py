@@ -1,8 +1,8 @@
 """Many requests on one WebSocket, each with its own flow control; docs/protocols/websocket.md.
 
 A frame is JSON. A request's frame is the body of the Ollama endpoint of the same name with `id` and
-`type` in it. Its answer is `delta` frames and one `done` or `error`, each with that id. A request may
-send only as many deltas as it has credits: a client that takes no more of one answer holds that
+`type` in it. Its answer is `delta` frames and one `done` or `error`, each with that id. A request
+may send only as many deltas as it has credits: a client that takes no more of one answer holds that
 answer's engine, and no other.
 """
 
