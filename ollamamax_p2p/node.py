@@ -30,6 +30,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+import msgspec
 import trio
 
 from ollamamax_p2p.api import (
@@ -107,8 +108,11 @@ from ollamamax_p2p.identity import (
     parse_ticket,
     remove_secret,
 )
+from ollamamax_p2p.inference import Backend
+from ollamamax_p2p.inference.backends import open_backends
 from ollamamax_p2p.observability import EventFeed
-from ollamamax_p2p.session import Session, open_session
+from ollamamax_p2p.session import Engines, Session, open_session
+from ollamamax_p2p.swarm_inference import SwarmInference
 from ollamamax_p2p.transfer import Origin, PullProgress, PullReport, PushReport
 
 _log = logging.getLogger(__name__)
@@ -187,9 +191,10 @@ async def _opened_node(config: NodeConfig, serve_api: bool, brief: bool) -> Asyn
                 config.content.models, config.data_dir / "store", config.content
             ) as store,
             _open_origin(config, key) as origin,
+            _open_backends(config, store, brief=brief) as backends,
             trio.open_nursery() as nursery,
         ):
-            node = Node(config, key, membership, store, origin, feed, brief=brief)
+            node = Node(config, key, membership, store, origin, backends, feed, brief=brief)
             node._nursery = nursery
             await nursery.start(node._run_sessions)
             async with _maybe_api(node, config, serve_api):
@@ -238,6 +243,7 @@ class Node:
         membership: Membership,
         store: BlobStore,
         origin: Origin | None,
+        backends: Sequence[Backend],
         feed: EventFeed,
         *,
         brief: bool,
@@ -247,6 +253,9 @@ class Node:
         self.peer_id = key.peer_id
         self.events = feed
         self.api_address = ""
+        self.inference = SwarmInference(lambda: self._now.router)
+        """All engines of the swarm, to be asked."""
+        self._backends = backends
         self._key = key
         self._nursery: trio.Nursery
         self._membership = membership
@@ -256,6 +265,7 @@ class Node:
         self._rng = random.Random(secrets.randbits(128))
         self._session: Session | None = None
         self._listening: tuple[str, ...] = ()
+        self._draining = False
         self._pulling: set[trio.CancelScope] = set()
         """Of those who wait for a pull of this session, and would wait for ever without it."""
         # One at a time: a second join must see that the first has succeeded.
@@ -462,9 +472,27 @@ class Node:
     ) -> ShowAnswer:
         """All that a model says about itself. Raises BadName, ModelNotFound."""
         parsed = parse_model_name(name)
-        return await describe_for_show(
-            self._store, parsed, verbose=verbose, system=system, options=options
-        )
+        try:
+            return await describe_for_show(
+                self._store, parsed, verbose=verbose, system=system, options=options
+            )
+        except ModelNotFound:
+            # What is asked for is said in its own way there, changes of this request apart.
+            found = await self._now.router.show(name, verbose=verbose)
+            return msgspec.json.decode(found, type=ShowAnswer)
+
+    async def _show_as_json(self, name: str, verbose: bool) -> bytes:
+        """For another node that asks on somebody's behalf."""
+        shown = await describe_for_show(self._store, parse_model_name(name), verbose=verbose)
+        return msgspec.json.encode(shown)
+
+    async def _pull_on_demand(self, name: str) -> None:
+        await self.pull(name)
+
+    async def drain(self, draining: bool = True) -> None:
+        """Begin no new answers on this node's engines, or begin again; what runs is finished."""
+        self._draining = draining
+        await self._now.router.drain(draining)
 
     async def has_blob(self, digest: str) -> bool:
         """Whether the store has a blob. Raises BadDigest."""
@@ -825,6 +853,7 @@ class Node:
                     finished.over.set()
                 finished = await self._asked_moves.receive()
                 self._session = None
+                self.inference.session_ends()
                 for scope in self._pulling:
                     scope.cancel()
             await finished.run()
@@ -845,6 +874,12 @@ class Node:
                 agent=_agent(self.config),
                 wall_clock=wall_clock,
                 on_swarm_key=self._take_over_swarm_key,
+                engines=Engines(
+                    backends=self._backends,
+                    show=self._show_as_json,
+                    pull=self._pull_on_demand,
+                    draining=self._draining,
+                ),
                 announce=not self._brief,
             ) as session,
         ):
@@ -909,9 +944,27 @@ async def _maybe_api(node: Node, config: NodeConfig, serve_api: bool) -> AsyncIt
     if not serve_api:
         yield
         return
-    async with open_api(node, config.api, data_dir=config.data_dir, peer_id=node.peer_id) as server:
+    async with open_api(
+        node,
+        config.api,
+        data_dir=config.data_dir,
+        peer_id=node.peer_id,
+        inference=node.inference,
+    ) as server:
         node.api_address = server.address
         yield
+
+
+@asynccontextmanager
+async def _open_backends(
+    config: NodeConfig, store: BlobStore, *, brief: bool
+) -> AsyncIterator[Sequence[Backend]]:
+    if brief:  # for one command, which asks no engine of its own
+        yield ()
+        return
+    own = [address for address in (config.api.listen, config.api.ollama_listen) if address]
+    async with open_backends(config.inference, store, own_addresses=own) as backends:
+        yield backends
 
 
 @asynccontextmanager

@@ -1,12 +1,12 @@
 """Session: all that a node runs while it is in one swarm, opened in layer order.
 
-Host, cluster, links, discovery, transfer. `node.Node` ends one session and opens the next when it
+Host, cluster, links, discovery, transfer, router. `node.Node` ends one session and opens the next when it
 joins or leaves, or when the swarm's key is changed: another key means another host.
 """
 
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -28,8 +28,12 @@ from ollamamax_p2p.content import BlobStore
 from ollamamax_p2p.discovery import Discovery, open_discovery
 from ollamamax_p2p.errors import StoreFull
 from ollamamax_p2p.host import ClosedGate, Connections, Libp2pHost, PeerHost, open_connections
-from ollamamax_p2p.identity import Address, Membership
+from ollamamax_p2p.identity import Address, Membership, PeerId
+from ollamamax_p2p.inference import Backend
 from ollamamax_p2p.observability import EventFeed
+from ollamamax_p2p.router.desk import Show
+from ollamamax_p2p.router.dispatch import Router, Surroundings, open_router
+from ollamamax_p2p.router.machine import Machine
 from ollamamax_p2p.transfer import Origin, Transfer, open_transfer
 
 _log = logging.getLogger(__name__)
@@ -48,6 +52,19 @@ class Session:
     discovery: Discovery
     transfer: Transfer
     catalogue: SharedCatalogue | None
+    router: Router
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engines:
+    """What a node runs models with; it outlives the session."""
+
+    backends: Sequence[Backend]
+    show: Show
+    """What a model of this node is made of."""
+    pull: Callable[[str], Awaitable[None]]
+    """Fetch a model to this node."""
+    draining: bool = False
 
 
 @asynccontextmanager
@@ -63,6 +80,7 @@ async def open_session(
     agent: str,
     wall_clock: Callable[[], float],
     on_swarm_key: Callable[[bytes], None],
+    engines: Engines,
     announce: bool,
 ) -> AsyncIterator[Session]:
     """Everything above the host, opened in layer order, announcing what the store holds.
@@ -125,9 +143,40 @@ async def open_session(
             agreed_names=catalogue,
             agreed_maps=catalogue,
         ) as transfer,
+        open_router(
+            host,
+            engines.backends,
+            config.router,
+            _around(config, connections, engines, wall_clock),
+            rng=rng,
+        ) as router,
     ):
         learned.append(discovery.learn)
-        yield Session(membership, host, cluster, connections, discovery, transfer, catalogue)
+        if engines.draining:
+            await router.drain(True)
+        yield Session(
+            membership, host, cluster, connections, discovery, transfer, catalogue, router
+        )
+
+
+def _around(
+    config: NodeConfig,
+    connections: Connections,
+    engines: Engines,
+    wall_clock: Callable[[], float],
+) -> Surroundings:
+    def linked() -> list[PeerId]:
+        return [status.peer for status in connections.peers()]
+
+    return Surroundings(
+        name=printable_name(config.name),
+        epoch=int(wall_clock() * 1000),
+        linked=linked,
+        connect=connections.reach_peer,
+        show=engines.show,
+        pull=engines.pull,
+        memory=Machine().memory,
+    )
 
 
 @asynccontextmanager

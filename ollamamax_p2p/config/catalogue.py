@@ -40,7 +40,7 @@ FLAGS: Mapping[str, str] = {
 }
 """The flags that `omx` has for settings."""
 
-SECRETS = frozenset({"origin.credentials"})
+SECRETS = frozenset({"origin.credentials", "inference.openai_keys"})
 """Never shown."""
 
 

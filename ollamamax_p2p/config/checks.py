@@ -20,6 +20,18 @@ _COUNTS_MIN: Mapping[str, int] = {
     "origin.connections": 1,
     "discovery.remembered_peers_max": 0,
     "content.reserve_bytes": 0,
+    "inference.slots": 1,
+    "inference.ollama_slots": 1,
+    "inference.openai_slots": 1,
+    "inference.context_length": 16,
+    "inference.batch_tokens": 1,
+    "router.queue_max": 1,
+    "router.queue_per_user_max": 1,
+    "router.attempts_max": 1,
+    "router.gossip_fanout": 1,
+    "router.gossip_repeats": 1,
+    "router.nodes_max": 2,
+    "router.table_bytes_max": 1024 * 1024,
     "consensus.max_message_bytes": 64 * 1024,
     "consensus.max_command_bytes": 256 * 1024,  # what the cluster's commands may take
     "consensus.segment_bytes": 1024 * 1024,
@@ -32,6 +44,13 @@ _COUNTS_MAX: Mapping[str, int] = {
     "transfer.sources_max": 1_024,
     "origin.connections": 64,  # more is an attack on the registry
     "discovery.remembered_peers_max": 100_000,
+    "inference.slots": 1_024,
+    "inference.ollama_slots": 1_024,
+    "inference.openai_slots": 65_536,
+    "inference.context_length": 2**24,
+    "inference.threads": 1_024,
+    "router.attempts_max": 100,
+    "router.gossip_fanout": 100,
 }
 
 SECONDS_MAX = 30 * 86_400.0
@@ -85,6 +104,8 @@ def _misfits(values: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _number_problem(key: str, value: float) -> str | None:
+    if key == "inference.keep_alive_s" and (value <= 0 or value == math.inf):
+        return None  # 0: not at all; negative: for ever
     if key.endswith(("_s", "_s_min", "_s_max")):
         if not math.isfinite(value) or not 0 < value <= SECONDS_MAX:
             return f"{value:g} is not between 0 and {SECONDS_MAX:,.0f} seconds"
@@ -181,6 +202,28 @@ def _region_problem(region: str) -> str | None:
     return f"{region!r} is not one word of letters, digits, '-', '_' and '.', at most 64"
 
 
+def _ollama_problem(url: str) -> str | None:
+    return None if url in ("", "auto") else _url_problem(url)
+
+
+def _url_problem(url: str) -> str | None:
+    if re.fullmatch(r"https?://[^\s/@]+(/[^\s@]*)?", url):
+        return None
+    return f"{url!r} is not a URL like http://10.0.0.7:8000/v1"
+
+
+def _openai_problem(servers: tuple[str, ...]) -> str | None:
+    names = [server.partition("=")[0] for server in servers]
+    for server, name in zip(servers, names, strict=True):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,63}", name) or "=" not in server:
+            return f"{server!r} is not name=url, e.g. vllm=http://10.0.0.7:8000/v1"
+        if name in ("embedded", "ollama") or names.count(name) > 1:
+            return f"a back end is called {name!r} already; give this one another name"
+        if problem := _url_problem(server.partition("=")[2]):
+            return problem
+    return None
+
+
 def _voter_problem(voter: str) -> str | None:
     return None if voter in ("auto", "yes", "no") else f"{voter!r} is not auto, yes or no"
 
@@ -188,6 +231,8 @@ def _voter_problem(voter: str) -> str | None:
 _CHECKS: Mapping[str, Any] = {
     "cluster.region": _region_problem,
     "cluster.voter": _voter_problem,
+    "inference.ollama_url": _ollama_problem,
+    "inference.openai": _openai_problem,
     "name": _name_problem,
     "host.listen": _listen_problem,
     "host.announce": _transports_problem,

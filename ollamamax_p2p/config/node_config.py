@@ -15,6 +15,8 @@ from ollamamax_p2p.content import ContentSettings
 from ollamamax_p2p.discovery import DiscoverySettings
 from ollamamax_p2p.errors import BadConfig
 from ollamamax_p2p.host import HostSettings
+from ollamamax_p2p.inference import InferenceSettings
+from ollamamax_p2p.router import RouterSettings
 from ollamamax_p2p.transfer import OriginSettings, TransferSettings
 
 
@@ -45,6 +47,8 @@ class NodeConfig:
     origin: OriginSettings = field(default_factory=OriginSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     consensus: ConsensusSettings = field(default_factory=ConsensusSettings)
+    inference: InferenceSettings = field(default_factory=InferenceSettings)
+    router: RouterSettings = field(default_factory=RouterSettings)
     api: ApiSettings = field(default_factory=ApiSettings)
 
     def __post_init__(self) -> None:
@@ -92,6 +96,8 @@ _SECTIONS: dict[str, type] = {
     "origin": OriginSettings,
     "cluster": ClusterSettings,
     "consensus": ConsensusSettings,
+    "inference": InferenceSettings,
+    "router": RouterSettings,
     "api": ApiSettings,
 }
 

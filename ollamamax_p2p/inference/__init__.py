@@ -5,5 +5,6 @@ are in `core.requests`.
 """
 
 from ollamamax_p2p.inference.backend import Backend, LoadedModel, ServableModel
+from ollamamax_p2p.inference.settings import InferenceSettings
 
-__all__ = ["Backend", "LoadedModel", "ServableModel"]
+__all__ = ["Backend", "InferenceSettings", "LoadedModel", "ServableModel"]

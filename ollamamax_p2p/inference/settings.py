@@ -1,25 +1,9 @@
 """What an operator sets about engines."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 MiB = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenAIServer:
-    """One server that speaks OpenAI's HTTP: vLLM, SGLang, llama-server, LM Studio."""
-
-    url: str
-    """Up to and with the version: `http://10.0.0.7:8000/v1`."""
-
-    name: str = ""
-    """What this back end is called; "": its host and port."""
-
-    key: str = field(default="", repr=False)
-    """Sent as a bearer token; never logged, never in an error."""
-
-    slots: int = 64
-    """Requests at once; vLLM and SGLang batch as many as their memory holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,5 +49,40 @@ class InferenceSettings:
     ollama_slots: int = 1
     """Requests that it works on at once (its OLLAMA_NUM_PARALLEL, which it does not tell)."""
 
-    openai: tuple[OpenAIServer, ...] = ()
-    """Servers that speak OpenAI's HTTP."""
+    openai: tuple[str, ...] = ()
+    """Servers that speak OpenAI's HTTP (vLLM, SGLang, llama-server, LM Studio), each as `name=url`,
+    the URL up to and with its version: `vllm=http://10.0.0.7:8000/v1`."""
+
+    openai_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Their keys, by name; sent as a bearer token, never shown or logged."""
+
+    openai_slots: int = 64
+    """Requests that each of them works on at once; vLLM and SGLang batch as many as their memory
+    holds."""
+
+    def openai_servers(self) -> "tuple[OpenAIServer, ...]":
+        """What `openai` and `openai_keys` say, together. The texts are checked already."""
+        pairs = (each.partition("=") for each in self.openai)
+        return tuple(
+            OpenAIServer(
+                url=url, name=name, key=self.openai_keys.get(name, ""), slots=self.openai_slots
+            )
+            for name, _, url in pairs
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenAIServer:
+    """One server that speaks OpenAI's HTTP: vLLM, SGLang, llama-server, LM Studio."""
+
+    url: str
+    """Up to and with the version: `http://10.0.0.7:8000/v1`."""
+
+    name: str
+    """What this back end is called."""
+
+    key: str = field(default="", repr=False)
+    """Sent as a bearer token; never logged, never in an error."""
+
+    slots: int = 64
+    """Requests at once; vLLM and SGLang batch as many as their memory holds."""

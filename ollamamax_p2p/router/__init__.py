@@ -12,5 +12,6 @@ from ollamamax_p2p.router.call import (
     Server,
     SwarmModel,
 )
+from ollamamax_p2p.router.settings import RouterSettings
 
-__all__ = ["Answer", "Call", "QueuePlace", "RunningModel", "Server", "SwarmModel"]
+__all__ = ["Answer", "Call", "QueuePlace", "RouterSettings", "RunningModel", "Server", "SwarmModel"]

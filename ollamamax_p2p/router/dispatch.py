@@ -76,7 +76,8 @@ class Surroundings:
     """The members connected now."""
     connect: Callable[[PeerId], Awaitable[None]]
     """Be connected to a member. Raises NetworkTrouble, PeerNotFound."""
-    is_member: Callable[[str], bool]
+    is_member: Callable[[str], bool] = lambda peer: True
+    """Whose reports are believed when others tell them."""
     show: Show
     """What a model of this node is made of."""
     pull: Callable[[str], Awaitable[None]]
