@@ -78,6 +78,7 @@ def test_every_setting_can_be_set_by_its_variable(data_dir):
         "api.listen": "[::1]:0",
         "api.ollama_listen": "0.0.0.0:11434",
         "api.origins": "https://*.example.org",
+        "api.hosts": "models.example.org",
     }
     for key, setting in all_settings().items():
         text = texts.get(key, str(setting.default))
