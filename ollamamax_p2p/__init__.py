@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ollamamax_p2p.node import Node, check_ticket, forget_swarm, open_node
     from ollamamax_p2p.observability import Event
     from ollamamax_p2p.offline import check_raft_log, prepare_recovery
-    from ollamamax_p2p.transfer import PullProgress, PullReport, SourceShare
+    from ollamamax_p2p.transfer import PullProgress, PullReport, PushReport, SourceShare
 
     __version__: str
 
@@ -52,6 +52,7 @@ _HOMES = {
     "PeerInfo": "api",
     "PullProgress": "transfer",
     "PullReport": "transfer",
+    "PushReport": "transfer",
     "Recovery": "cluster",
     "RecoveryPlan": "cluster",
     "SourceShare": "transfer",
@@ -82,6 +83,7 @@ __all__ = [
     "PeerInfo",
     "PullProgress",
     "PullReport",
+    "PushReport",
     "Recovery",
     "RecoveryPlan",
     "SourceShare",

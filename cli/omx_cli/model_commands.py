@@ -1,4 +1,4 @@
-"""omx pull | import | create | list | show | cp | rm."""
+"""omx pull | push | import | create | list | show | cp | rm."""
 
 import sys
 from pathlib import Path
@@ -82,6 +82,31 @@ def pull(
             say(report_line(report))
 
     run(work, interrupted="interrupted; what was fetched is kept, the same command resumes")
+
+
+def push(
+    model: options.ModelArgument,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Speak plain http to this model's registry.")
+    ] = False,
+    data_dir: options.DataDir = None,
+    models: options.Models = None,
+    config: options.ConfigFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Give a model of this machine to the registry that its name names."""
+    from omx_cli.progress import open_view, push_line
+    from omx_cli.running import with_any_node
+
+    async def ask(node: "LocalClient | Node") -> None:
+        async with open_view(as_json) as view:
+            report = await node.push(model, insecure=insecure, on_progress=view.show)
+        if as_json:
+            say_json({"status": "success", "report": report})
+        else:
+            say(push_line(report))
+
+    with_any_node(node_flags(data_dir=data_dir, models=models), config, ask)
 
 
 def import_file(

@@ -1,7 +1,7 @@
-"""What `omx pull` shows while it runs: like Ollama's, and where the bytes come from.
+"""What `omx pull` and `omx push` show while they run: like Ollama's, and where bytes come from.
 
 Three views: a terminal (redrawn in place on stderr), a log (one plain line per state), programs
-(NDJSON on stdout). What a line says is decided by pure functions on the states of the pull.
+(NDJSON on stdout). What a line says is decided by pure functions on its states.
 """
 
 import sys
@@ -22,7 +22,7 @@ from omx_cli.output import (
 )
 
 if TYPE_CHECKING:
-    from ollamamax_p2p import PullProgress, PullReport, SourceShare
+    from ollamamax_p2p import PullProgress, PullReport, PushReport, SourceShare
 
 RATE_WINDOW_S = 5.0
 """The rate shown is that of the last seconds: an average since the start hides a stall."""
@@ -33,6 +33,7 @@ WIDE_COLUMNS = 100
 
 SOURCES_SHOWN = 8
 BAR_COLUMNS_MAX = 40
+_MOVING = "pulling ", "pushing "
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
@@ -94,9 +95,11 @@ def blob_text(line: BlobLine, now: float, columns: int) -> str:
 def _speed_text(line: BlobLine, now: float) -> str:
     rate = line.rate(now)
     left = duration((line.total - line.completed) / rate) if rate >= 1 else "-"
+    speed = f"  {human_bytes(int(rate))}/s  {left}"
+    if line.title.startswith("pushing"):
+        return speed
     count = line.active_sources
-    sources = "1 source" if count == 1 else f"{count} sources"
-    return f"  {human_bytes(int(rate))}/s  {left}  {sources}"
+    return f"{speed}  {'1 source' if count == 1 else f'{count} sources'}"
 
 
 def bar(line: BlobLine, columns: int) -> str:
@@ -146,6 +149,16 @@ def report_line(report: "PullReport") -> str:
     return "; ".join(parts)
 
 
+def push_line(report: "PushReport") -> str:
+    """The same for a push."""
+    rate = report.bytes_sent / report.seconds if report.seconds > 0 else 0
+    line = f"pushed {report.model}: {human_bytes(report.bytes_total)} in {_seconds(report.seconds)}"
+    if report.bytes_sent:
+        line += f", {human_bytes(int(rate))}/s"
+    there_already = report.bytes_total - report.bytes_sent
+    return f"{line}; {human_bytes(there_already)} was there already" if there_already else line
+
+
 def _seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
@@ -169,7 +182,7 @@ class LogView:
 
     def show(self, progress: "PullProgress") -> None:
         """A new state. Blobs come side by side, so a state returns; it is told the first time."""
-        is_blob = progress.status.startswith("pulling ") and progress.total
+        is_blob = progress.status.startswith(_MOVING) and progress.total
         line = f"{progress.status}: {human_bytes(progress.total)}" if is_blob else progress.status
         if line not in self._told:
             tell(line)
@@ -196,11 +209,12 @@ class TerminalView:
         if progress.note and progress.note not in self._noted:  # every later state repeats it
             self._live.console.print(printable(progress.note), markup=False, highlight=False)
             self._noted.add(progress.note)
-        is_blob = progress.digest is not None and progress.status.startswith("pulling ")
+        is_blob = progress.digest is not None and progress.status.startswith(_MOVING)
         self._status = "" if is_blob else progress.status
         if progress.digest is None:
             return
-        title = f"pulling {short_digest(progress.digest)}"
+        verb = "pushing" if progress.status.startswith("pushing ") else "pulling"
+        title = f"{verb} {short_digest(progress.digest)}"
         line = self._lines.setdefault(progress.digest, BlobLine(title))
         line.update(progress, self._now())
 

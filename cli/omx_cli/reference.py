@@ -18,9 +18,9 @@ Answers go to stdout, progress and errors to stderr. An error is one line, `Erro
 it is `{"error": …, "code": …}`, with the codes of [errors](errors.md). `OMX_DEBUG=1` adds the
 traceback. Settings that have no flag are in [settings](settings.md).
 
-Commands that need only this machine's models (`list`, `show`, `cp`, `rm`, `import`, `create`) and
-`pull` use the node that runs on the data folder; where none runs they open one for as long as they
-take.
+Commands that need only this machine's models (`list`, `show`, `cp`, `rm`, `import`, `create`),
+`pull` and `push` use the node that runs on the data folder; where none runs they open one for as
+long as they take.
 """
 
 

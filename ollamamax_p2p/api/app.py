@@ -51,6 +51,7 @@ ROUTES = (
     ApiRoute("POST", f"{PREFIX}/models/copy", "copy"),
     ApiRoute("POST", f"{PREFIX}/models/delete", "delete"),
     ApiRoute("POST", f"{PREFIX}/pull", "pull"),
+    ApiRoute("POST", f"{PREFIX}/push", "push"),
     ApiRoute("POST", f"{PREFIX}/import", "import_model"),
     ApiRoute("POST", f"{PREFIX}/create", "create"),
     ApiRoute("POST", f"{PREFIX}/invite", "invite"),

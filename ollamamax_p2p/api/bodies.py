@@ -46,6 +46,13 @@ class PullBody(_Body, frozen=True):
     insecure: bool = False
 
 
+class PushBody(_Body, frozen=True):
+    """Gives a model to its registry."""
+
+    model: Name
+    insecure: bool = False
+
+
 class ImportBody(_Body, frozen=True):
     """Makes a file a model."""
 

@@ -28,7 +28,7 @@ from ollamamax_p2p.api.served_node import (
 from ollamamax_p2p.cluster import ClusterStatus, RoleWish
 from ollamamax_p2p.errors import LocalTrouble, NodeNotRunning, OmxError
 from ollamamax_p2p.observability import Event
-from ollamamax_p2p.transfer import PullProgress, PullReport
+from ollamamax_p2p.transfer import PullProgress, PullReport, PushReport
 
 CONNECT_TIMEOUT_S = 5.0
 """Loopback connects at once or not at all; a full backlog may take a moment."""
@@ -98,13 +98,25 @@ class LocalClient:
         what was fetched is kept.
         """
         body = {"model": name, "from_origin": from_origin, "insecure": insecure}
-        async with self._request("POST", "/pull", body) as answer:
+        return await self._reported("/pull", body, PullReport, on_progress)
+
+    async def push(
+        self, name: str, *, insecure: bool = False, on_progress: OnProgress | None = None
+    ) -> PushReport:
+        """Have the node give a model to the registry that its name names. Cancelling ends it."""
+        body = {"model": name, "insecure": insecure}
+        return await self._reported("/push", body, PushReport, on_progress)
+
+    async def _reported(
+        self, path: str, body: Any, wanted: type[T], on_progress: OnProgress | None
+    ) -> T:
+        async with self._request("POST", path, body) as answer:
             async for line in answer.lines():
-                found = self._decoded(line, _PullLine)
+                found = self._decoded(line, _ReportedLine)
                 if found.error:
                     raise errors.restored(found.code, found.error)
                 if found.report:
-                    return found.report
+                    return self._decoded(bytes(found.report), wanted)
                 if on_progress is not None:
                     on_progress(self._decoded(line, PullProgress))
         raise _broken_off(self._where)
@@ -335,12 +347,12 @@ class _Answer:
         return event
 
 
-class _PullLine(msgspec.Struct):
-    """What tells the lines of a pull apart: an error or a report is the last."""
+class _ReportedLine(msgspec.Struct):
+    """What tells the lines of a pull or a push apart: an error or a report is the last."""
 
     error: str = ""
     code: str = ""
-    report: PullReport | None = None
+    report: msgspec.Raw = msgspec.Raw()
 
 
 class _Peers(msgspec.Struct):

@@ -10,12 +10,14 @@ from starlette.responses import Response
 
 from ollamamax_p2p.api import bodies
 from ollamamax_p2p.api.bodies import read_body
-from ollamamax_p2p.api.pull_stream import PullResponse
-from ollamamax_p2p.api.served_node import ServedNode
+from ollamamax_p2p.api.progress_lines import watched
+from ollamamax_p2p.api.pull_stream import ReportedResponse
+from ollamamax_p2p.api.served_node import OnProgress, ServedNode
 from ollamamax_p2p.api.shared_pulls import SharedPulls
 from ollamamax_p2p.errors import BadInput
+from ollamamax_p2p.transfer import PushReport
 
-Answer = Response | PullResponse
+Answer = Response | ReportedResponse
 Endpoint = Callable[[Request], Awaitable[Answer]]
 
 
@@ -60,7 +62,18 @@ class NodeRoutes:
 
     async def pull(self, request: Request) -> Answer:
         """Fetch a model: NDJSON, a line per state, then `{"status":"success","report":…}`."""
-        return PullResponse(self._pulls, await read_body(request, bodies.PullBody))
+        return ReportedResponse(self._pulls.watch(await read_body(request, bodies.PullBody)))
+
+    async def push(self, request: Request) -> Answer:
+        """Give a model to the registry that its name names: NDJSON, as a pull. A client that goes
+        ends it.
+        """
+        body = await read_body(request, bodies.PushBody)
+
+        async def work(tell: OnProgress) -> PushReport:
+            return await self._node.push(body.model, insecure=body.insecure, on_progress=tell)
+
+        return ReportedResponse(watched(work))
 
     async def import_model(self, request: Request) -> Response:
         """Make a GGUF or safetensors file of this machine a model."""
@@ -169,6 +182,7 @@ REQUEST_BODIES: Mapping[str, type[msgspec.Struct]] = {
     "copy": bodies.CopyBody,
     "delete": bodies.ModelBody,
     "pull": bodies.PullBody,
+    "push": bodies.PushBody,
     "import_model": bodies.ImportBody,
     "create": bodies.CreateBody,
     "invite": bodies.InviteBody,

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from ollamamax_p2p.api.ollama_framing import NdjsonResponse, StatusError, last_line_only
 from ollamamax_p2p.api.shared_pulls import Outcome, Watcher
 from ollamamax_p2p.errors import BadInput, ModelNotFound, first_named
-from ollamamax_p2p.transfer import PullProgress
+from ollamamax_p2p.transfer import PullProgress, PushReport
 
 NO_MANIFEST = "pull model manifest: file does not exist"
 """Nobody has it, and the registry does not know it."""
@@ -46,13 +46,16 @@ class ProgressAnswer:
 async def watched(
     work: Callable[[Callable[[PullProgress], None]], Awaitable[Any]],
 ) -> AsyncIterator[Watcher]:
-    """Do a piece of work while the block is open. work: is given what to tell its states to."""
+    """Do a piece of work while the block is open. work: is given what to tell its states to; a
+    report that it gives is what the watcher is told at the end.
+    """
     watcher = Watcher()
 
     async def run() -> None:
         outcome: Outcome | None = None
         try:
-            await work(watcher.offer)
+            result = await work(watcher.offer)
+            outcome = result if isinstance(result, PushReport) else None
         except Exception as error:  # noqa: BLE001 - told to whoever watches
             outcome = error
         watcher.finish(outcome)

@@ -1,44 +1,44 @@
-"""A pull as an NDJSON response: a line per state, then the report or an error.
+"""A pull or a push as an NDJSON response: a line per state, then the report or an error.
 
 An error before the first state gets its HTTP status; after that the status is 200 and the error is
 the last line, as in Ollama's API.
 """
 
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 
 import msgspec
 import trio
 from starlette.types import Receive, Scope, Send
 
-from ollamamax_p2p.api.bodies import PullBody
 from ollamamax_p2p.api.error_responses import body_of, error_response
-from ollamamax_p2p.api.shared_pulls import Outcome, SharedPulls, Watcher
-from ollamamax_p2p.transfer import PullProgress, PullReport
+from ollamamax_p2p.api.shared_pulls import Outcome, Watcher
+from ollamamax_p2p.transfer import PullProgress, PullReport, PushReport
 
 LINE_INTERVAL_S = 0.06
 """States of a fast pull are merged for so long; Ollama's interval, and smooth enough to look at."""
 
 
 class PullReportLine(msgspec.Struct, frozen=True, kw_only=True):
-    """The last line of a pull that succeeded."""
+    """The last line of a pull, or a push, that succeeded."""
 
     status: str = "success"
-    report: PullReport
+    report: PullReport | PushReport
 
 
-class PullResponse:
-    """Streams one pull to one client. An ASGI application, as every response is."""
+class ReportedResponse:
+    """Streams one pull or push to one client. An ASGI application, as every response is."""
 
-    def __init__(self, pulls: SharedPulls, body: PullBody) -> None:
-        self._pulls = pulls
-        self._body = body
+    def __init__(self, work: AbstractAsyncContextManager[Watcher]) -> None:
+        """work: runs while the block is open; leaving it early gives it up."""
+        self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream until the pull ends or the client goes."""
+        """Stream until the work ends or the client goes."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_when_gone, receive, nursery.cancel_scope)
             try:
-                async with self._pulls.watch(self._body) as watcher:
+                async with self._work as watcher:
                     await self._answer(watcher, scope, receive, send)
             except Exception as error:  # noqa: BLE001 - a bad name, or a fault of ours: answered
                 await error_response(error)(scope, receive, send)

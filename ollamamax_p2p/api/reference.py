@@ -13,10 +13,12 @@ from ollamamax_p2p.api.app import EVENTS_PATH, ROUTES, ApiRoute
 from ollamamax_p2p.api.bodies import BODY_BYTES_MAX
 from ollamamax_p2p.api.error_responses import INTERNAL_ERROR, status_of
 from ollamamax_p2p.api.guard import OPEN_PATHS
+from ollamamax_p2p.api.inference_routes import INFERENCE_ROUTES, InferenceRoute
 from ollamamax_p2p.api.node_routes import REQUEST_BODIES, NodeRoutes
+from ollamamax_p2p.api.ollama_store_routes import STORE_ROUTES, OllamaStoreRoutes, StoreRoute
 
 _API_HEAD = f"""\
-# The local HTTP API
+# The HTTP API
 
 <!-- Written by `python -m ollamamax_p2p.api.reference`; do not edit. -->
 
@@ -44,7 +46,22 @@ The answer is NDJSON (`application/x-ndjson`): a line per state with the fields 
 (`status`, `digest`, `total`, `completed`, `sources`, `active_sources`, `note`), then
 `{{"status": "success", "report": {{…}}}}`. An error before the first state has its HTTP status; a
 later one is the last line. Two clients that pull one model watch the same pull; it stops, to be
-resumed by the next, when the last of them disconnects.
+resumed by the next, when the last of them disconnects. A push is answered in the same way, with a
+PushReport at its end.
+
+## Ollama's, OpenAI's and Anthropic's paths
+
+They are served beside the node's own, and alone on `api.ollama_listen`. They need no token; Ollama's
+documentation says what they take and give. The header `server` of an answer is `omx`. What differs
+is told here, and in [the guide](../guide/ollama-api.md).
+
+Their `Host` must be an address of this machine or of a private network, this machine's name, a name
+that ends in .localhost, .local or .internal, or one of `api.hosts`; else the answer is an empty
+403, on every address that is listened on. A page of another origin gets an empty 403 unless Ollama
+lets it in or `api.origins` does.
+
+| path | what it does here |
+|---|---|
 """
 
 _ERRORS_HEAD = """\
@@ -62,7 +79,15 @@ The code is what the HTTP API and `--json` print; the class is what the library 
 
 def api_page() -> str:
     """docs/reference/http-api.md."""
-    return "\n".join([_API_HEAD, *map(_route, ROUTES), _API_TAIL])
+    routes = "\n".join([_API_HEAD, *map(_route, ROUTES), _API_TAIL])
+    rows = [_ollama_row(OllamaStoreRoutes, each) for each in STORE_ROUTES]
+    rows += [_ollama_row(each.dialect, each) for each in INFERENCE_ROUTES]
+    return routes + "".join(rows)
+
+
+def _ollama_row(answers: type[Any], route: StoreRoute | InferenceRoute) -> str:
+    text = inspect.cleandoc(getattr(answers, route.endpoint).__doc__).replace("\n", " ")
+    return f"| {route.method} `{route.path}` | {text} |\n"
 
 
 def _route(route: ApiRoute) -> str:

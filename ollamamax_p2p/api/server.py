@@ -65,7 +65,7 @@ async def open_api(
     """
     with ExitStack() as listeners:
         listener = listeners.enter_context(_listener(settings.listen))
-        second = listeners.enter_context(_second_listener(settings.ollama_listen))
+        second = listeners.enter_context(_second_listener(settings))
         address, token = _shown(listener), new_token()
         async with trio.open_nursery() as nursery:
             accepting = [trio.CancelScope(), trio.CancelScope()]
@@ -138,12 +138,15 @@ def _listener(listen: str) -> socket.socket:
 
 
 @contextmanager
-def _second_listener(listen: str) -> Iterator[socket.socket | None]:
+def _second_listener(settings: ApiSettings) -> Iterator[socket.socket | None]:
     """None if none is wanted or none can be had: another program there, Ollama first of all, is no
     reason not to run.
     """
+    listen = settings.ollama_listen
     try:
-        listener = _listener(listen) if listen else None
+        # What is served there has Ollama's paths already; two free ports are two.
+        is_there = listen == settings.listen and not listen.endswith(":0")
+        listener = _listener(listen) if listen and not is_there else None
     except (PortInUse, AccessRefused, BadConfig) as error:
         _log.warning("Ollama's API is not served on %s: %s", listen, error)
         listener = None

@@ -15,14 +15,14 @@ from ollamamax_p2p.api.bodies import PullBody
 from ollamamax_p2p.api.served_node import ServedNode
 from ollamamax_p2p.content.core.model_name import parse_model_name
 from ollamamax_p2p.errors import LocalTrouble
-from ollamamax_p2p.transfer import PullProgress, PullReport
+from ollamamax_p2p.transfer import PullProgress, PullReport, PushReport
 
 WAITING_MAX = 256
 """States kept for one slow watcher. Those of one blob replace each other, so this is reached only
 by a client that has stopped reading; it loses the oldest.
 """
 
-Outcome = PullReport | BaseException
+Outcome = PullReport | PushReport | BaseException
 
 
 class Watcher:

@@ -18,7 +18,12 @@ SHORT_VARIABLES: Mapping[str, str] = {
 INVERTED_VARIABLES: Mapping[str, str] = {"discovery.mdns": "OMX_NO_MDNS"}
 """Switches that turn a setting off."""
 
-OTHER_PROGRAMS_VARIABLES: Mapping[str, str] = {"content.models": "OLLAMA_MODELS"}
+OTHER_PROGRAMS_VARIABLES: Mapping[str, str] = {
+    "content.models": "OLLAMA_MODELS",
+    "origin.connections": "OLLAMA_MAX_TRANSFER_STREAMS",
+    "api.ollama_listen": "OLLAMA_HOST",
+    "api.origins": "OLLAMA_ORIGINS",
+}
 """Asked last: what the user has told Ollama already."""
 
 OTHER_VARIABLES = ("OMX_CONFIG", "OMX_DEBUG", "OMX_LOG")

@@ -162,20 +162,52 @@ def _interfaces_problem(interfaces: tuple[str, ...]) -> str | None:
 
 
 def _api_problem(listen: str) -> str | None:
+    problem = _place_problem(listen)
+    host = _host_of(listen)
+    if problem or host == "localhost" or ip_address(host).is_loopback:
+        return problem
+    return (
+        f"{host} is not a loopback address; the node's API has no encryption, so only this machine "
+        "(Ollama's API may be served elsewhere: api.ollama_listen)"
+    )
+
+
+def _ollama_listen_problem(listen: str) -> str | None:
+    return _place_problem(listen) if listen else None
+
+
+def _place_problem(listen: str) -> str | None:
     host, separator, port = listen.rpartition(":")
     if not separator or not port.isascii() or not port.isdigit() or not 0 <= int(port) <= 65_535:
         return f"{listen!r} is not host:port with a port of 0 to 65535, e.g. 127.0.0.1:11435"
     if host == "localhost":
         return None
     try:
-        address = ip_address(host.removeprefix("[").removesuffix("]"))
+        address = ip_address(_host_of(listen))
     except ValueError:
         return f"{host!r} is not an IP address, e.g. 127.0.0.1:11435"
     if address.version == 6 and not host.startswith("["):
         return f"write an IPv6 address in brackets: [{host}]:{port}"
-    if not address.is_loopback:
-        return f"{host} is not a loopback address; the API has no encryption, so only this machine"
     return None
+
+
+def _host_of(listen: str) -> str:
+    return listen.rpartition(":")[0].removeprefix("[").removesuffix("]")
+
+
+def _origins_problem(origins: tuple[str, ...]) -> str | None:
+    for origin in origins:
+        scheme, marker, rest = origin.partition("://")
+        if origin != "*" and (not marker or not scheme or not rest or "/" in rest):
+            return f"{origin!r} is not scheme://host[:port], e.g. https://chat.example.org"
+        if origin.count("*") > 1:
+            return f"{origin!r} has more than one *"
+    return None
+
+
+def _hosts_problem(hosts: tuple[str, ...]) -> str | None:
+    wrong = next((host for host in hosts if not host or set(host) & set("/:* ")), None)
+    return None if wrong is None else f"{wrong!r} is not a host's name without a port"
 
 
 def _registries_problem(hosts: tuple[str, ...]) -> str | None:
@@ -243,4 +275,7 @@ _CHECKS: Mapping[str, Any] = {
     "origin.credentials": _credentials_problem,
     "origin.token_hosts": _token_hosts_problem,
     "api.listen": _api_problem,
+    "api.ollama_listen": _ollama_listen_problem,
+    "api.origins": _origins_problem,
+    "api.hosts": _hosts_problem,
 }

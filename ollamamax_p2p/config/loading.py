@@ -27,6 +27,7 @@ from ollamamax_p2p.config.catalogue import (
 from ollamamax_p2p.config.checks import value_problem
 from ollamamax_p2p.config.conversion import Unusable, from_text, from_toml
 from ollamamax_p2p.config.node_config import NodeConfig
+from ollamamax_p2p.config.ollama_variables import READERS
 from ollamamax_p2p.errors import AccessRefused, BadConfig, KeyExposed
 
 CONFIG_FILE_NAME = "config.toml"
@@ -130,11 +131,14 @@ def _from_variable(variable: str, text: str, setting: Setting) -> _Given:
 
 
 def _from_other_programs(variables: Mapping[str, str]) -> dict[str, _Given]:
-    return {
-        key: _converted(all_settings()[key], variables[variable].strip("\"' "), variable)
-        for key, variable in OTHER_PROGRAMS_VARIABLES.items()
-        if variables.get(variable, "").strip("\"' ")
-    }
+    found = {}
+    for key, variable in OTHER_PROGRAMS_VARIABLES.items():
+        text: str | None = variables.get(variable, "").strip("\"' ")
+        if text and variable in READERS:
+            text = READERS[variable](text)
+        if text:
+            found[key] = _converted(all_settings()[key], text, variable)
+    return found
 
 
 def _file_to_read(

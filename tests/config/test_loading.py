@@ -76,6 +76,9 @@ def test_every_setting_can_be_set_by_its_variable(data_dir):
         "origin.credentials": "reg.local=me:secret,other=you:s=x",
         "origin.token_hosts": "reg.local=auth.local",
         "api.listen": "[::1]:0",
+        "api.ollama_listen": "0.0.0.0:11434",
+        "api.origins": "https://*.example.org",
+        "api.hosts": "models.example.org",
     }
     for key, setting in all_settings().items():
         text = texts.get(key, str(setting.default))
@@ -106,6 +109,49 @@ def test_ollamas_models_are_used_where_ours_are_not_set(data_dir, write):
     assert loaded(data_dir, theirs | {"OMX_MODELS": "/ours"}).config.content.models == Path("/ours")
     write('[content]\nmodels = "store"')
     assert loaded(data_dir, theirs).config.content.models == data_dir / "store"
+
+
+@pytest.mark.parametrize(
+    ("text", "listen"),
+    [
+        ("0.0.0.0", "0.0.0.0:11434"),
+        ("0.0.0.0:8080", "0.0.0.0:8080"),
+        (":8080", "0.0.0.0:8080"),
+        ("127.0.0.1:99999", "127.0.0.1:11434"),  # as Ollama: its own port then
+        ("127.0.0.1:x", "127.0.0.1:11434"),
+        ("localhost", "localhost:11434"),
+        ("http://127.0.0.1", "127.0.0.1:80"),
+        ("https://127.0.0.1/x", "127.0.0.1:443"),
+        ("https://127.0.0.1:5/x", "127.0.0.1:5"),
+        ("[::1]", "[::1]:11434"),
+        ("[::]:7", "[::]:7"),
+        ("::1", "[::1]:11434"),
+        ("'0.0.0.0:1'", "0.0.0.0:1"),
+        ("/x", "127.0.0.1:11434"),
+        ("gpu-box:11434", ""),  # where a client's server is
+        ("http://gpu.example.org", ""),
+        ("[x]", ""),
+    ],
+)
+def test_ollamas_host_is_where_its_api_is_served(data_dir, text, listen):
+    found = loaded(data_dir, {"OLLAMA_HOST": text})
+    assert found.config.api.ollama_listen == listen
+    assert found.sources["api.ollama_listen"] == ("OLLAMA_HOST" if listen else "default")
+    ours = {"OLLAMA_HOST": text, "OMX_API_OLLAMA_LISTEN": "127.0.0.1:1"}
+    assert loaded(data_dir, ours).config.api.ollama_listen == "127.0.0.1:1"
+
+
+def test_ollamas_other_variables_are_read_where_ours_are_not_set(data_dir, write):
+    theirs = {"OLLAMA_ORIGINS": "https://a.b, app://*", "OLLAMA_MAX_TRANSFER_STREAMS": "7"}
+    found = loaded(data_dir, theirs)
+    assert found.config.api.origins == ("https://a.b", "app://*")
+    assert found.config.origin.connections == 7
+    assert found.sources["api.origins"] == "OLLAMA_ORIGINS"
+    for text, connections in (("0", 1), ("999", 64), ("many", 4)):
+        streams = {"OLLAMA_MAX_TRANSFER_STREAMS": text}
+        assert loaded(data_dir, streams).config.origin.connections == connections
+    write('[api]\norigins = ["*"]')
+    assert loaded(data_dir, theirs).config.api.origins == ("*",)
 
 
 def test_an_empty_variable_counts_as_not_set(data_dir):
@@ -139,6 +185,12 @@ def test_tilde_is_the_home_folder(monkeypatch, tmp_path):
         ("[host]\nlisten = ['/udp/1']", "listen", "invalid address"),
         ("[discovery]\nbootstrap = ['/ip4/1.2.3.4/tcp/1']", "bootstrap", "/p2p/"),
         ("[api]\nlisten = '0.0.0.0:11435'", "listen", "not a loopback address"),
+        ("[api]\nollama_listen = 'box:1'", "ollama_listen", "not an IP address"),
+        ("[api]\nollama_listen = '::1:1'", "ollama_listen", "in brackets"),
+        ("[api]\norigins = ['evil.example']", "origins", "scheme://host"),
+        ("[api]\norigins = ['https://a.b/']", "origins", "scheme://host"),
+        ("[api]\norigins = ['https://*.b*']", "origins", "more than one"),
+        ("[api]\nhosts = ['a.b:80']", "hosts", "without a port"),
         ("[api]\nlisten = '127.0.0.1'", "listen", "host:port"),
         ("[api]\nlisten = '127.0.0.1:99999'", "listen", "0 to 65535"),
         ("[api]\nlisten = '::1:1'", "listen", "brackets"),
