@@ -2,7 +2,7 @@
 
     python benchmarks/bench_policies.py [--quick] [--json] [--write] [--only STRATEGY …] [--seed N]
 
-Twelve nodes (four large accelerators, five small ones, three without), eight models of 1 to 20 GB,
+Nine nodes (two large accelerators, four small ones, three without), eight models of 1 to 20 GB,
 sixty users of whom few do much, conversations that grow with each turn, a working day with bursts.
 Everything that decides is the product's own code (`Chooser`, `LoadTable`); what is simulated are
 the engines (slots, a prompt cache with the least recently used going first, loading, eviction), the
@@ -76,10 +76,9 @@ class Machine:
 
 
 MACHINES = (
-    *(Machine("large", 48 * GB, 6_000, 90, 8, 260_000, 3e9, "a") for _ in range(4)),
-    *(Machine("small", 14 * GB, 1_800, 40, 4, 64_000, 1.5e9, "a") for _ in range(2)),
-    *(Machine("small", 14 * GB, 1_800, 40, 4, 64_000, 1.5e9, "b") for _ in range(3)),
-    *(Machine("none", 30 * GB, 90, 9, 2, 32_000, 1e9, "b") for _ in range(3)),
+    *(Machine("large", 48 * GB, 3_000, 60, 6, 160_000, 3e9, region) for region in "ab"),
+    *(Machine("small", 14 * GB, 1_200, 35, 3, 48_000, 1.5e9, region) for region in "aabb"),
+    *(Machine("none", 30 * GB, 90, 9, 2, 24_000, 1e9, region) for region in "abb"),
 )
 MODELS = (
     # Name, bytes, share of the requests.
@@ -458,9 +457,7 @@ class World:
                 followers=turn.followers[1:],
             )
             depth = len(turn.points)
-            point = PrefixPoint(
-                hash_of(f"{turn.conversation} {depth}"), follower.prompt_tokens
-            )
+            point = PrefixPoint(hash_of(f"{turn.conversation} {depth}"), follower.prompt_tokens)
             follower.points = (*turn.points, point)
             self.at(self.now + pause, lambda: self.routers[follower.router].ask(follower))
 
@@ -563,20 +560,177 @@ def run(
     return figures(outcome, hours * 3_600)
 
 
+STALE_S = (0.1, 0.5, 2.0, 8.0, 30.0)
+STALE_STRATEGIES = ("naive", "least_outstanding", "power_of_two", "lowest_expected_time")
+STALE_ROUTERS = 8
+COLUMNS = (
+    ("TTFT p50", "ttft_p50_s", "{:.2f} s"),
+    ("p99", "ttft_p99_s", "{:.1f} s"),
+    ("mean", "ttft_mean_s", "{:.2f} s"),
+    ("prompt from cache", "cache_hit", "{:.0%}"),
+    ("conversations found again", "turns_found", "{:.0%}"),
+    ("Jain over users", "jain", "{:.2f}"),
+    ("slots busy", "utilisation", "{:.0%}"),
+    ("models loaded", "loads", "{:.0f}"),
+)
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """In Markdown, the lowest mean first."""
+    lines = [
+        "| strategy | " + " | ".join(title for title, _, _ in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for strategy in sorted(found, key=lambda each: found[each]["ttft_mean_s"]):
+        cells = [shape.format(found[strategy][key]) for _, key, shape in COLUMNS]
+        lines.append(f"| `{strategy}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def stale_table(found: dict[str, dict[float, float]]) -> str:
+    lines = [
+        "| news comes every | " + " | ".join(f"{each:g} s" for each in STALE_S) + " |",
+        "|---" * (len(STALE_S) + 1) + "|",
+    ]
+    for strategy, by_delay in found.items():
+        cells = [f"{by_delay[each]:.2f} s" for each in STALE_S]
+        lines.append(f"| `{strategy}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def chart(found: dict[str, dict[str, float]]) -> str:
+    """Two bars for each strategy, on a logarithmic scale from 10 ms on."""
+    names = sorted(found, key=lambda each: found[each]["ttft_mean_s"])
+    left, width, row, top = 190, 560, 44, 58
+    decades = range(-2, 4)
+    scale = width / (decades[-1] - decades[0])
+
+    def x(seconds: float) -> float:
+        return left + (math.log10(max(seconds, 0.01)) + 2) * scale
+
+    height = top + row * len(names) + 16
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 70} {height}" '
+        'font-family="sans-serif" font-size="13">',
+        f'<rect width="{left + width + 70}" height="{height}" fill="#fff"/>',
+        '<text x="12" y="22" font-size="15">Time to the first token, by strategy: '
+        "median (dark) and 99th percentile (light)</text>",
+    ]
+    for decade in decades:
+        at = x(10.0**decade)
+        out.append(f'<path d="M{at:.0f} {top - 8}V{height - 12}" stroke="#ddd"/>')
+        out.append(
+            f'<text x="{at:.0f}" y="{top - 12}" text-anchor="middle" fill="#555">'
+            f"{10.0**decade:g} s</text>"
+        )
+    for number, name in enumerate(names):
+        y = top + row * number
+        out.append(f'<text x="{left - 8}" y="{y + 22}" text-anchor="end">{escape(name)}</text>')
+        bars = (("ttft_p50_s", "#1f5f8b", 4, "{:.2f} s"), ("ttft_p99_s", "#9cc3dc", 18, "{:.1f} s"))
+        for key, colour, offset, shape in bars:
+            end = x(found[name][key])
+            out.append(
+                f'<rect x="{left}" y="{y + offset}" width="{max(end - left, 1):.0f}" height="13" '
+                f'fill="{colour}"/>'
+            )
+            label = shape.format(found[name][key])
+            out.append(f'<text x="{end + 5:.0f}" y="{y + offset + 11}" fill="#333">{label}</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+def between(text: str, name: str, new: str) -> str:
+    """The text with what is between the markers of that name replaced."""
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return before + begin + new + end + after
+
+
+def machine() -> dict[str, str]:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "machine": f"{platform.machine()} x{os.cpu_count()}",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "commit": done.stdout.strip() or "unknown",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="two hours instead of a day")
     parser.add_argument("--json", action="store_true", help="one JSON object per figure")
     parser.add_argument("--write", action="store_true", help="put table and chart into docs/guide")
-    parser.add_argument("--only", nargs="*", default=list(STRATEGIES))
+    parser.add_argument("--only", nargs="*", default=list(STRATEGIES), metavar="STRATEGY")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--per-hour", type=float, default=260.0, help="conversations at the peak")
+    parser.add_argument("--per-hour", type=float, default=400.0, help="conversations, by day")
+    parser.add_argument("--no-stale", action="store_true", help="not the part about old news")
     given = parser.parse_args()
+    where = machine()
     hours = 2.0 if given.quick else 24.0
+    day = {"seed": given.seed, "hours": hours, "per_hour": given.per_hour}
+    if not given.json:
+        print(", ".join(where.values()) + f"; {hours:g} simulated hours, seed {given.seed}")
+    found: dict[str, dict[str, float]] = {}
     for strategy in given.only:
         begun = time.perf_counter()
-        found = run(strategy, seed=given.seed, hours=hours, per_hour=given.per_hour)
-        print(strategy, {k: round(v, 3) for k, v in found.items()}, round(time.perf_counter() - begun, 1), flush=True)
+        found[strategy] = run(strategy, **day)
+        took = time.perf_counter() - begun
+        if given.json:
+            for name, value in found[strategy].items():
+                figure = {"name": f"policy_{name}", "strategy": strategy, "value": round(value, 4)}
+                print(json.dumps(figure | day | where), flush=True)
+        else:
+            shown = ", ".join(
+                f"{title} {shape.format(found[strategy][key])}" for title, key, shape in COLUMNS
+            )
+            requests = f"{found[strategy]['requests']:.0f} requests"
+            print(f"{strategy:<22}{shown}; {requests}, {took:.0f} s", flush=True)
+    stale = {} if given.no_stale else stale_news(given.seed, given.json, where)
+    if given.write:
+        text = GUIDE.read_text()
+        text = between(text, "strategies", table(found))
+        if stale:
+            text = between(text, "old news", stale_table(stale))
+        GUIDE.write_text(text)
+        CHART.write_text(chart(found))
+
+
+def stale_news(seed: int, as_json: bool, where: dict[str, str]) -> dict[str, dict[float, float]]:
+    """Mean time to the first token by strategy and by how often news comes: one busy hour."""
+    found: dict[str, dict[float, float]] = {}
+    for strategy in STALE_STRATEGIES:
+        found[strategy] = {}
+        for gossip_s in STALE_S:
+            result = run(
+                strategy,
+                seed=seed,
+                hours=1.0,
+                per_hour=700.0,
+                gossip_s=gossip_s,
+                routers=STALE_ROUTERS,
+            )
+            found[strategy][gossip_s] = result["ttft_mean_s"]
+            if as_json:
+                figure = {
+                    "name": "policy_stale_ttft_mean_s",
+                    "strategy": strategy,
+                    "gossip_s": gossip_s,
+                    "value": round(result["ttft_mean_s"], 4),
+                }
+                print(json.dumps(figure | where), flush=True)
+        if not as_json:
+            cells = ", ".join(
+                f"{delay:g} s: {mean:.2f} s" for delay, mean in found[strategy].items()
+            )
+            print(f"old news, {strategy:<22}{cells}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -571,11 +571,9 @@ class LoadTable:
         self._drop_dead(now)
         return list(self._nodes.values())
 
-    def is_suspect(self, node: KnownNode, *, now: float) -> bool:
-        """Whether it was not heard of for longer than can be by chance."""
-        if node.report.peer == self.peer:
-            return False
-        return now - node.made_at > max(self._settings.stale_s, 3 * self.period_s())
+    def suspect_after_s(self) -> float:
+        """Who was not heard of for so long is suspect: longer than can be by chance."""
+        return max(self._settings.stale_s, 3 * self.period_s())
 
     def holders(self, model: str) -> list[Holder]:
         """Who could run a model, whatever spelling of its name is given."""

@@ -108,18 +108,31 @@ class Swarm:
 
 def test_x(rng):
     import time
-    n=1000
+
+    n = 1000
     swarm = Swarm(n, links=8, rng=rng)
-    t=time.time()
+    t = time.time()
     from ollamamax_p2p.router.core.load_table import AgedReport
+
     global aged
     aged = lambda r: AgedReport(report=r)
     swarm.meet()
-    print("meet", time.time()-t)
+    print("meet", time.time() - t)
     for r in range(16):
-        t=time.time()
-        b=swarm.bytes
-        if r==1: swarm.tell(swarm.peers[7], queued=3)
-        m=swarm.round()
-        tab=swarm.tables[swarm.peers[5]]
-        print(r,m,(swarm.bytes-b)/n, swarm.largest, swarm.who_knows(swarm.peers[7],3), len(tab._telling), tab.period_s(), sum(x.models_at==x.wanted for x in tab._nodes.values()), time.time()-t)
+        t = time.time()
+        b = swarm.bytes
+        if r == 1:
+            swarm.tell(swarm.peers[7], queued=3)
+        m = swarm.round()
+        tab = swarm.tables[swarm.peers[5]]
+        print(
+            r,
+            m,
+            (swarm.bytes - b) / n,
+            swarm.largest,
+            swarm.who_knows(swarm.peers[7], 3),
+            len(tab._telling),
+            tab.period_s(),
+            sum(x.models_at == x.wanted for x in tab._nodes.values()),
+            time.time() - t,
+        )
