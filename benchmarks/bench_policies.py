@@ -32,8 +32,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ollamamax_p2p.inference.core.models import LoadedModel, ServableModel
 from ollamamax_p2p.inference.core.requests import Usage
@@ -51,6 +50,7 @@ from ollamamax_p2p.router.core.load_table import (
 from ollamamax_p2p.router.core.strategies import STRATEGIES, hash_of
 from ollamamax_p2p.router.settings import RouterSettings
 
+ROOT = Path(__file__).parents[1]
 GB = 10**9
 DAY_S = 86_400.0
 HOP_S = 0.004
