@@ -80,6 +80,8 @@ MACHINES = (
     *(Machine("small", 14 * GB, 1_200, 35, 3, 48_000, 1.5e9, region) for region in "aabb"),
     *(Machine("none", 30 * GB, 90, 9, 2, 24_000, 1e9, region) for region in "abb"),
 )
+EQUAL = tuple(Machine("small", 14 * GB, 1_200, 35, 3, 48_000, 1.5e9, "a") for _ in range(9))
+"""Where old news is tried: among different machines, a herd at the fast ones does little harm."""
 MODELS = (
     # Name, bytes, share of the requests.
     ("chat:8b", 5 * GB, 34),
@@ -299,7 +301,7 @@ class Router:
     def __init__(self, number: int, world: "World", strategy: str, rng: random.Random) -> None:
         settings = RouterSettings(
             # What is measured is the choice, not what makes good for a bad one.
-            hedge=world.hedge,
+            hedge=False,
             # Reports are sent when something changes only, to save the simulation's time.
             stale_s=1e9,
             dead_s=1e9,
@@ -388,17 +390,23 @@ class World:
     """Events in order of time."""
 
     def __init__(
-        self, strategy: str, *, seed: int, gossip_s: float, routers: int, hedge: bool = False
+        self,
+        strategy: str,
+        *,
+        seed: int,
+        gossip_s: float = 0.5,
+        routers: int = ROUTERS,
+        machines: Sequence[Machine] = MACHINES,
     ) -> None:
         self.now = 0.0
-        self.hedge = hedge
+        self.slots = sum(each.slots for each in machines)
         self.gossip_s = gossip_s
         self.outcome = Outcome()
         self._events: list[tuple[float, int, Callable[[], None], int]] = []
         self._numbers = itertools.count()
         self._waking: set[int] = set()
         self._told: set[int] = set()
-        self.engines = [Engine(number, each, self) for number, each in enumerate(MACHINES)]
+        self.engines = [Engine(number, each, self) for number, each in enumerate(machines)]
         self.routers = [
             Router(number, self, strategy, random.Random(seed * 1_000 + number))
             for number in range(routers)
@@ -462,12 +470,14 @@ class World:
             self.at(self.now + pause, lambda: self.routers[follower.router].ask(follower))
 
 
-def day_of(world: World, *, hours: float, per_hour: float, seed: int) -> None:
-    """Put the day's conversations into the world; the same for every strategy."""
+def day_of(world: World, *, hours: float, per_hour: float, seed: int, models: int) -> None:
+    """Put the day's conversations into the world; the same for every strategy. models: how many of
+    MODELS are asked for.
+    """
     rng = random.Random(seed)
     users = [f"user{number}" for number in range(USERS)]
     activity = [1 / (number + 1) ** 0.8 for number in range(USERS)]
-    shares = [share for _, _, share in MODELS]
+    shares = [share for _, _, share in MODELS[:models]]
     systems = [int(rng.lognormvariate(6.2, 0.9)) for _ in range(20)]
     end = hours * 3_600
     at, conversation = 0.0, 0
@@ -496,7 +506,7 @@ def day_of(world: World, *, hours: float, per_hour: float, seed: int) -> None:
             number=next(world.turns),
             user=users[user],
             conversation=conversation,
-            model=rng.choices(range(len(MODELS)), shares)[0],
+            model=rng.choices(range(models), shares)[0],
             system=system,
             system_tokens=systems[system],
             before_tokens=systems[system],
@@ -521,13 +531,12 @@ def jain(values: Sequence[float]) -> float:
     return sum(values) ** 2 / (len(values) * sum(value * value for value in values))
 
 
-def figures(outcome: Outcome, seconds: float) -> dict[str, float]:
+def figures(outcome: Outcome, slot_seconds: float) -> dict[str, float]:
     first = outcome.first_s()
     per_user: dict[str, list[float]] = {}
     for turn in outcome.turns:
         per_user.setdefault(turn.user, []).append(turn.first_at - turn.came_at)
     again = [turn for turn in outcome.turns if len(turn.points) > 2]
-    slots = sum(each.slots for each in MACHINES)
     return {
         "requests": len(first),
         "refused": outcome.refused,
@@ -539,7 +548,7 @@ def figures(outcome: Outcome, seconds: float) -> dict[str, float]:
         "turns_found": sum(turn.hit_tokens >= turn.before_tokens for turn in again)
         / max(len(again), 1),
         "jain": jain([sum(each) / len(each) for each in per_user.values()]),
-        "utilisation": sum(outcome.busy_s.values()) / (slots * seconds),
+        "utilisation": sum(outcome.busy_s.values()) / slot_seconds,
         "loads": outcome.loads,
     }
 
@@ -550,19 +559,27 @@ def run(
     seed: int,
     hours: float,
     per_hour: float,
-    gossip_s: float = 0.5,
-    routers: int = ROUTERS,
-    hedge: bool = False,
+    models: int = len(MODELS),
+    **world_facts: Any,
 ) -> dict[str, float]:
-    world = World(strategy, seed=seed, gossip_s=gossip_s, routers=routers, hedge=hedge)
-    day_of(world, hours=hours, per_hour=per_hour, seed=seed)
-    outcome = world.run()
-    return figures(outcome, hours * 3_600)
+    world = World(strategy, seed=seed, **world_facts)
+    day_of(world, hours=hours, per_hour=per_hour, seed=seed, models=models)
+    return figures(world.run(), world.slots * hours * 3_600)
 
 
 STALE_S = (0.1, 0.5, 2.0, 8.0, 30.0)
-STALE_STRATEGIES = ("naive", "least_outstanding", "power_of_two", "lowest_expected_time")
+STALE_STRATEGIES = (
+    "naive",
+    "least_outstanding",
+    "power_of_two",
+    "prefix_affinity",
+    "lowest_expected_time",
+)
+BUSY_HOURS = 2.0
+BUSY_FACTOR = 2.5
+"""So many times the day's conversations: more than the machines keep up with at times."""
 STALE_ROUTERS = 8
+STALE_PER_HOUR = 900.0
 COLUMNS = (
     ("TTFT p50", "ttft_p50_s", "{:.2f} s"),
     ("p99", "ttft_p99_s", "{:.1f} s"),
@@ -640,10 +657,10 @@ def chart(found: dict[str, dict[str, float]]) -> str:
 
 def between(text: str, name: str, new: str) -> str:
     """The text with what is between the markers of that name replaced."""
-    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
-    return before + begin + new + end + after
+    return before + begin + new + "\n" + end + after
 
 
 def machine() -> dict[str, str]:
@@ -674,32 +691,44 @@ def main() -> None:
     given = parser.parse_args()
     where = machine()
     hours = 2.0 if given.quick else 24.0
-    day = {"seed": given.seed, "hours": hours, "per_hour": given.per_hour}
     if not given.json:
-        print(", ".join(where.values()) + f"; {hours:g} simulated hours, seed {given.seed}")
-    found: dict[str, dict[str, float]] = {}
-    for strategy in given.only:
-        begun = time.perf_counter()
-        found[strategy] = run(strategy, **day)
-        took = time.perf_counter() - begun
-        if given.json:
-            for name, value in found[strategy].items():
-                figure = {"name": f"policy_{name}", "strategy": strategy, "value": round(value, 4)}
-                print(json.dumps(figure | day | where), flush=True)
-        else:
-            shown = ", ".join(
-                f"{title} {shape.format(found[strategy][key])}" for title, key, shape in COLUMNS
-            )
-            requests = f"{found[strategy]['requests']:.0f} requests"
-            print(f"{strategy:<22}{shown}; {requests}, {took:.0f} s", flush=True)
+        print(", ".join(where.values()) + f"; seed {given.seed}")
+    day = {"seed": given.seed, "hours": hours, "per_hour": given.per_hour}
+    found = compare("day", given.only, day, given.json, where)
+    day |= {"hours": BUSY_HOURS, "per_hour": given.per_hour * BUSY_FACTOR}
+    busy = compare("busy", given.only, day, given.json, where)
     stale = {} if given.no_stale else stale_news(given.seed, given.json, where)
     if given.write:
         text = GUIDE.read_text()
         text = between(text, "strategies", table(found))
+        text = between(text, "busy", table(busy))
         if stale:
             text = between(text, "old news", stale_table(stale))
         GUIDE.write_text(text)
         CHART.write_text(chart(found))
+
+
+def compare(
+    title: str, strategies: Sequence[str], day: dict[str, Any], as_json: bool, where: dict[str, str]
+) -> dict[str, dict[str, float]]:
+    """Figures by strategy."""
+    found: dict[str, dict[str, float]] = {}
+    for strategy in strategies:
+        begun = time.perf_counter()
+        found[strategy] = run(strategy, **day)
+        took = time.perf_counter() - begun
+        if as_json:
+            for name, value in found[strategy].items():
+                figure = {"name": f"policy_{title}_{name}", "value": round(value, 4)}
+                print(json.dumps(figure | {"strategy": strategy} | day | where), flush=True)
+        else:
+            shown = ", ".join(
+                f"{name} {shape.format(found[strategy][key])}" for name, key, shape in COLUMNS
+            )
+            requests = f"{found[strategy]['requests']:.0f} requests"
+            line = f"{title:<5}{strategy:<21}{shown}; {requests}, {took:.0f} s"
+            print(line, flush=True)
+    return found
 
 
 def stale_news(seed: int, as_json: bool, where: dict[str, str]) -> dict[str, dict[float, float]]:
@@ -712,9 +741,11 @@ def stale_news(seed: int, as_json: bool, where: dict[str, str]) -> dict[str, dic
                 strategy,
                 seed=seed,
                 hours=1.0,
-                per_hour=700.0,
+                per_hour=STALE_PER_HOUR,
+                models=1,
                 gossip_s=gossip_s,
                 routers=STALE_ROUTERS,
+                machines=EQUAL,
             )
             found[strategy][gossip_s] = result["ttft_mean_s"]
             if as_json:
