@@ -2,7 +2,7 @@
 
     python benchmarks/bench_policies.py [--quick] [--json] [--write] [--only STRATEGY …] [--seed N]
 
-Twelve nodes (four large accelerators, five small ones, three without), eight models of 1 to 20 GB,
+Nine nodes (two large accelerators, four small ones, three without), eight models of 1 to 20 GB,
 sixty users of whom few do much, conversations that grow with each turn, a working day with bursts.
 Everything that decides is the product's own code (`Chooser`, `LoadTable`); what is simulated are
 the engines (slots, a prompt cache with the least recently used going first, loading, eviction), the
@@ -32,8 +32,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ollamamax_p2p.inference.core.models import LoadedModel, ServableModel
 from ollamamax_p2p.inference.core.requests import Usage
@@ -51,6 +50,7 @@ from ollamamax_p2p.router.core.load_table import (
 from ollamamax_p2p.router.core.strategies import STRATEGIES, hash_of
 from ollamamax_p2p.router.settings import RouterSettings
 
+ROOT = Path(__file__).parents[1]
 GB = 10**9
 DAY_S = 86_400.0
 HOP_S = 0.004
@@ -76,11 +76,12 @@ class Machine:
 
 
 MACHINES = (
-    *(Machine("large", 48 * GB, 6_000, 90, 8, 260_000, 3e9, "a") for _ in range(4)),
-    *(Machine("small", 14 * GB, 1_800, 40, 4, 64_000, 1.5e9, "a") for _ in range(2)),
-    *(Machine("small", 14 * GB, 1_800, 40, 4, 64_000, 1.5e9, "b") for _ in range(3)),
-    *(Machine("none", 30 * GB, 90, 9, 2, 32_000, 1e9, "b") for _ in range(3)),
+    *(Machine("large", 48 * GB, 3_000, 60, 6, 160_000, 3e9, region) for region in "ab"),
+    *(Machine("small", 14 * GB, 1_200, 35, 3, 48_000, 1.5e9, region) for region in "aabb"),
+    *(Machine("none", 30 * GB, 90, 9, 2, 24_000, 1e9, region) for region in "abb"),
 )
+EQUAL = tuple(Machine("small", 14 * GB, 1_200, 35, 3, 48_000, 1.5e9, "a") for _ in range(9))
+"""Where old news is tried: among different machines, a herd at the fast ones does little harm."""
 MODELS = (
     # Name, bytes, share of the requests.
     ("chat:8b", 5 * GB, 34),
@@ -300,7 +301,7 @@ class Router:
     def __init__(self, number: int, world: "World", strategy: str, rng: random.Random) -> None:
         settings = RouterSettings(
             # What is measured is the choice, not what makes good for a bad one.
-            hedge=world.hedge,
+            hedge=False,
             # Reports are sent when something changes only, to save the simulation's time.
             stale_s=1e9,
             dead_s=1e9,
@@ -389,17 +390,23 @@ class World:
     """Events in order of time."""
 
     def __init__(
-        self, strategy: str, *, seed: int, gossip_s: float, routers: int, hedge: bool = False
+        self,
+        strategy: str,
+        *,
+        seed: int,
+        gossip_s: float = 0.5,
+        routers: int = ROUTERS,
+        machines: Sequence[Machine] = MACHINES,
     ) -> None:
         self.now = 0.0
-        self.hedge = hedge
+        self.slots = sum(each.slots for each in machines)
         self.gossip_s = gossip_s
         self.outcome = Outcome()
         self._events: list[tuple[float, int, Callable[[], None], int]] = []
         self._numbers = itertools.count()
         self._waking: set[int] = set()
         self._told: set[int] = set()
-        self.engines = [Engine(number, each, self) for number, each in enumerate(MACHINES)]
+        self.engines = [Engine(number, each, self) for number, each in enumerate(machines)]
         self.routers = [
             Router(number, self, strategy, random.Random(seed * 1_000 + number))
             for number in range(routers)
@@ -458,19 +465,19 @@ class World:
                 followers=turn.followers[1:],
             )
             depth = len(turn.points)
-            point = PrefixPoint(
-                hash_of(f"{turn.conversation} {depth}"), follower.prompt_tokens
-            )
+            point = PrefixPoint(hash_of(f"{turn.conversation} {depth}"), follower.prompt_tokens)
             follower.points = (*turn.points, point)
             self.at(self.now + pause, lambda: self.routers[follower.router].ask(follower))
 
 
-def day_of(world: World, *, hours: float, per_hour: float, seed: int) -> None:
-    """Put the day's conversations into the world; the same for every strategy."""
+def day_of(world: World, *, hours: float, per_hour: float, seed: int, models: int) -> None:
+    """Put the day's conversations into the world; the same for every strategy. models: how many of
+    MODELS are asked for.
+    """
     rng = random.Random(seed)
     users = [f"user{number}" for number in range(USERS)]
     activity = [1 / (number + 1) ** 0.8 for number in range(USERS)]
-    shares = [share for _, _, share in MODELS]
+    shares = [share for _, _, share in MODELS[:models]]
     systems = [int(rng.lognormvariate(6.2, 0.9)) for _ in range(20)]
     end = hours * 3_600
     at, conversation = 0.0, 0
@@ -499,7 +506,7 @@ def day_of(world: World, *, hours: float, per_hour: float, seed: int) -> None:
             number=next(world.turns),
             user=users[user],
             conversation=conversation,
-            model=rng.choices(range(len(MODELS)), shares)[0],
+            model=rng.choices(range(models), shares)[0],
             system=system,
             system_tokens=systems[system],
             before_tokens=systems[system],
@@ -524,13 +531,12 @@ def jain(values: Sequence[float]) -> float:
     return sum(values) ** 2 / (len(values) * sum(value * value for value in values))
 
 
-def figures(outcome: Outcome, seconds: float) -> dict[str, float]:
+def figures(outcome: Outcome, slot_seconds: float) -> dict[str, float]:
     first = outcome.first_s()
     per_user: dict[str, list[float]] = {}
     for turn in outcome.turns:
         per_user.setdefault(turn.user, []).append(turn.first_at - turn.came_at)
     again = [turn for turn in outcome.turns if len(turn.points) > 2]
-    slots = sum(each.slots for each in MACHINES)
     return {
         "requests": len(first),
         "refused": outcome.refused,
@@ -542,7 +548,7 @@ def figures(outcome: Outcome, seconds: float) -> dict[str, float]:
         "turns_found": sum(turn.hit_tokens >= turn.before_tokens for turn in again)
         / max(len(again), 1),
         "jain": jain([sum(each) / len(each) for each in per_user.values()]),
-        "utilisation": sum(outcome.busy_s.values()) / (slots * seconds),
+        "utilisation": sum(outcome.busy_s.values()) / slot_seconds,
         "loads": outcome.loads,
     }
 
@@ -553,14 +559,124 @@ def run(
     seed: int,
     hours: float,
     per_hour: float,
-    gossip_s: float = 0.5,
-    routers: int = ROUTERS,
-    hedge: bool = False,
+    models: int = len(MODELS),
+    **world_facts: Any,
 ) -> dict[str, float]:
-    world = World(strategy, seed=seed, gossip_s=gossip_s, routers=routers, hedge=hedge)
-    day_of(world, hours=hours, per_hour=per_hour, seed=seed)
-    outcome = world.run()
-    return figures(outcome, hours * 3_600)
+    world = World(strategy, seed=seed, **world_facts)
+    day_of(world, hours=hours, per_hour=per_hour, seed=seed, models=models)
+    return figures(world.run(), world.slots * hours * 3_600)
+
+
+STALE_S = (0.1, 0.5, 2.0, 8.0, 30.0)
+STALE_STRATEGIES = (
+    "naive",
+    "least_outstanding",
+    "power_of_two",
+    "prefix_affinity",
+    "lowest_expected_time",
+)
+BUSY_HOURS = 2.0
+BUSY_FACTOR = 2.5
+"""So many times the day's conversations: more than the machines keep up with at times."""
+STALE_ROUTERS = 8
+STALE_PER_HOUR = 900.0
+COLUMNS = (
+    ("TTFT p50", "ttft_p50_s", "{:.2f} s"),
+    ("p99", "ttft_p99_s", "{:.1f} s"),
+    ("mean", "ttft_mean_s", "{:.2f} s"),
+    ("prompt from cache", "cache_hit", "{:.0%}"),
+    ("conversations found again", "turns_found", "{:.0%}"),
+    ("Jain over users", "jain", "{:.2f}"),
+    ("slots busy", "utilisation", "{:.0%}"),
+    ("models loaded", "loads", "{:.0f}"),
+)
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """In Markdown, the lowest mean first."""
+    lines = [
+        "| strategy | " + " | ".join(title for title, _, _ in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for strategy in sorted(found, key=lambda each: found[each]["ttft_mean_s"]):
+        cells = [shape.format(found[strategy][key]) for _, key, shape in COLUMNS]
+        lines.append(f"| `{strategy}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def stale_table(found: dict[str, dict[float, float]]) -> str:
+    lines = [
+        "| news comes every | " + " | ".join(f"{each:g} s" for each in STALE_S) + " |",
+        "|---" * (len(STALE_S) + 1) + "|",
+    ]
+    for strategy, by_delay in found.items():
+        cells = [f"{by_delay[each]:.2f} s" for each in STALE_S]
+        lines.append(f"| `{strategy}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def chart(found: dict[str, dict[str, float]]) -> str:
+    """Two bars for each strategy, on a logarithmic scale from 10 ms on."""
+    names = sorted(found, key=lambda each: found[each]["ttft_mean_s"])
+    left, width, row, top = 190, 560, 44, 58
+    decades = range(-2, 4)
+    scale = width / (decades[-1] - decades[0])
+
+    def x(seconds: float) -> float:
+        return left + (math.log10(max(seconds, 0.01)) + 2) * scale
+
+    height = top + row * len(names) + 16
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 70} {height}" '
+        'font-family="sans-serif" font-size="13">',
+        f'<rect width="{left + width + 70}" height="{height}" fill="#fff"/>',
+        '<text x="12" y="22" font-size="15">Time to the first token, by strategy: '
+        "median (dark) and 99th percentile (light)</text>",
+    ]
+    for decade in decades:
+        at = x(10.0**decade)
+        out.append(f'<path d="M{at:.0f} {top - 8}V{height - 12}" stroke="#ddd"/>')
+        out.append(
+            f'<text x="{at:.0f}" y="{top - 12}" text-anchor="middle" fill="#555">'
+            f"{10.0**decade:g} s</text>"
+        )
+    for number, name in enumerate(names):
+        y = top + row * number
+        out.append(f'<text x="{left - 8}" y="{y + 22}" text-anchor="end">{escape(name)}</text>')
+        bars = (("ttft_p50_s", "#1f5f8b", 4, "{:.2f} s"), ("ttft_p99_s", "#9cc3dc", 18, "{:.1f} s"))
+        for key, colour, offset, shape in bars:
+            end = x(found[name][key])
+            out.append(
+                f'<rect x="{left}" y="{y + offset}" width="{max(end - left, 1):.0f}" height="13" '
+                f'fill="{colour}"/>'
+            )
+            label = shape.format(found[name][key])
+            out.append(f'<text x="{end + 5:.0f}" y="{y + offset + 11}" fill="#333">{label}</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+def between(text: str, name: str, new: str) -> str:
+    """The text with what is between the markers of that name replaced."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return before + begin + new + "\n" + end + after
+
+
+def machine() -> dict[str, str]:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "machine": f"{platform.machine()} x{os.cpu_count()}",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "commit": done.stdout.strip() or "unknown",
+    }
 
 
 def main() -> None:
@@ -568,15 +684,84 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two hours instead of a day")
     parser.add_argument("--json", action="store_true", help="one JSON object per figure")
     parser.add_argument("--write", action="store_true", help="put table and chart into docs/guide")
-    parser.add_argument("--only", nargs="*", default=list(STRATEGIES))
+    parser.add_argument("--only", nargs="*", default=list(STRATEGIES), metavar="STRATEGY")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--per-hour", type=float, default=260.0, help="conversations at the peak")
+    parser.add_argument("--per-hour", type=float, default=400.0, help="conversations, by day")
+    parser.add_argument("--no-stale", action="store_true", help="not the part about old news")
     given = parser.parse_args()
+    where = machine()
     hours = 2.0 if given.quick else 24.0
-    for strategy in given.only:
+    if not given.json:
+        print(", ".join(where.values()) + f"; seed {given.seed}")
+    day = {"seed": given.seed, "hours": hours, "per_hour": given.per_hour}
+    found = compare("day", given.only, day, given.json, where)
+    day |= {"hours": BUSY_HOURS, "per_hour": given.per_hour * BUSY_FACTOR}
+    busy = compare("busy", given.only, day, given.json, where)
+    stale = {} if given.no_stale else stale_news(given.seed, given.json, where)
+    if given.write:
+        text = GUIDE.read_text()
+        text = between(text, "strategies", table(found))
+        text = between(text, "busy", table(busy))
+        if stale:
+            text = between(text, "old news", stale_table(stale))
+        GUIDE.write_text(text)
+        CHART.write_text(chart(found))
+
+
+def compare(
+    title: str, strategies: Sequence[str], day: dict[str, Any], as_json: bool, where: dict[str, str]
+) -> dict[str, dict[str, float]]:
+    """Figures by strategy."""
+    found: dict[str, dict[str, float]] = {}
+    for strategy in strategies:
         begun = time.perf_counter()
-        found = run(strategy, seed=given.seed, hours=hours, per_hour=given.per_hour)
-        print(strategy, {k: round(v, 3) for k, v in found.items()}, round(time.perf_counter() - begun, 1), flush=True)
+        found[strategy] = run(strategy, **day)
+        took = time.perf_counter() - begun
+        if as_json:
+            for name, value in found[strategy].items():
+                figure = {"name": f"policy_{title}_{name}", "value": round(value, 4)}
+                print(json.dumps(figure | {"strategy": strategy} | day | where), flush=True)
+        else:
+            shown = ", ".join(
+                f"{name} {shape.format(found[strategy][key])}" for name, key, shape in COLUMNS
+            )
+            requests = f"{found[strategy]['requests']:.0f} requests"
+            line = f"{title:<5}{strategy:<21}{shown}; {requests}, {took:.0f} s"
+            print(line, flush=True)
+    return found
+
+
+def stale_news(seed: int, as_json: bool, where: dict[str, str]) -> dict[str, dict[float, float]]:
+    """Mean time to the first token by strategy and by how often news comes: one busy hour."""
+    found: dict[str, dict[float, float]] = {}
+    for strategy in STALE_STRATEGIES:
+        found[strategy] = {}
+        for gossip_s in STALE_S:
+            result = run(
+                strategy,
+                seed=seed,
+                hours=1.0,
+                per_hour=STALE_PER_HOUR,
+                models=1,
+                gossip_s=gossip_s,
+                routers=STALE_ROUTERS,
+                machines=EQUAL,
+            )
+            found[strategy][gossip_s] = result["ttft_mean_s"]
+            if as_json:
+                figure = {
+                    "name": "policy_stale_ttft_mean_s",
+                    "strategy": strategy,
+                    "gossip_s": gossip_s,
+                    "value": round(result["ttft_mean_s"], 4),
+                }
+                print(json.dumps(figure | where), flush=True)
+        if not as_json:
+            cells = ", ".join(
+                f"{delay:g} s: {mean:.2f} s" for delay, mean in found[strategy].items()
+            )
+            print(f"old news, {strategy:<22}{cells}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -489,10 +489,8 @@ class Node:
     async def _pull_on_demand(self, name: str) -> None:
         await self.pull(name)
 
-    async def drain(self, draining: bool = True) -> None:
-        """Begin no new answers on this node's engines, or begin again; what runs is finished."""
-        self._draining = draining
-        await self._now.router.drain(draining)
+    def _note_draining(self, draining: bool) -> None:
+        self._draining = draining  # for the next session
 
     async def has_blob(self, digest: str) -> bool:
         """Whether the store has a blob. Raises BadDigest."""
@@ -879,6 +877,7 @@ class Node:
                     show=self._show_as_json,
                     pull=self._pull_on_demand,
                     draining=self._draining,
+                    on_draining=self._note_draining,
                 ),
                 announce=not self._brief,
             ) as session,

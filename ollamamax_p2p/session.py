@@ -1,7 +1,7 @@
 """Session: all that a node runs while it is in one swarm, opened in layer order.
 
-Host, cluster, links, discovery, transfer, router. `node.Node` ends one session and opens the next when it
-joins or leaves, or when the swarm's key is changed: another key means another host.
+Host, cluster, links, discovery, transfer, router. `node.Node` ends one session and opens the next
+when it joins or leaves, or when the swarm's key is changed: another key means another host.
 """
 
 import logging
@@ -65,6 +65,8 @@ class Engines:
     pull: Callable[[str], Awaitable[None]]
     """Fetch a model to this node."""
     draining: bool = False
+    on_draining: Callable[[bool], None]
+    """Told when that changes."""
 
 
 @asynccontextmanager
@@ -152,8 +154,6 @@ async def open_session(
         ) as router,
     ):
         learned.append(discovery.learn)
-        if engines.draining:
-            await router.drain(True)
         yield Session(
             membership, host, cluster, connections, discovery, transfer, catalogue, router
         )
@@ -170,12 +170,15 @@ def _around(
 
     return Surroundings(
         name=printable_name(config.name),
+        region=config.cluster.region,
         epoch=int(wall_clock() * 1000),
         linked=linked,
         connect=connections.reach_peer,
         show=engines.show,
         pull=engines.pull,
         memory=Machine().memory,
+        draining=engines.draining,
+        on_draining=engines.on_draining,
     )
 
 

@@ -20,7 +20,7 @@ from ollamamax_p2p.inference.core.requests import (
     Options,
     TextRequest,
 )
-from ollamamax_p2p.router import Answer, Call, RunningModel, Server, SwarmModel
+from ollamamax_p2p.router import Answer, Call, NodeLoad, RunningModel, Server, SwarmModel
 from ollamamax_p2p.router.dispatch import Router
 
 
@@ -87,6 +87,14 @@ class SwarmInference:
     async def running_models(self) -> tuple[RunningModel, ...]:
         """See `api.ServedInference.running_models`."""
         return await self._router().running_models()
+
+    async def nodes(self) -> tuple[NodeLoad, ...]:
+        """See `api.ServedInference.nodes`."""
+        return await self._router().nodes()
+
+    async def drain(self, node: str, draining: bool) -> None:
+        """See `api.ServedInference.drain`."""
+        await self._router().drain(node, draining)
 
     # -- what a library's user wants
 

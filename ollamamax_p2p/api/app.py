@@ -66,6 +66,8 @@ ROUTES = (
     ApiRoute("POST", f"{PREFIX}/cluster/set-clock", "set_clock"),
     ApiRoute("POST", f"{PREFIX}/cluster/set", "set_cluster_setting"),
     ApiRoute("POST", f"{PREFIX}/cluster/withdraw-tickets", "withdraw_tickets"),
+    ApiRoute("GET", f"{PREFIX}/nodes", "nodes"),
+    ApiRoute("POST", f"{PREFIX}/nodes/drain", "drain"),
     ApiRoute("POST", f"{PREFIX}/stop", "stop"),
     ApiRoute("GET", f"{PREFIX}/doctor", "doctor"),
 )
@@ -89,7 +91,7 @@ def make_app(
         routes = inference_routes(inference, node, pulls) + routes  # asked most: matched first
     _only_their_methods(routes)
     if serves_ours:
-        routes += _our_routes(node, pulls)
+        routes += _our_routes(node, pulls, inference)
     guard = Middleware(
         Guard,
         token=token if serves_ours else None,
@@ -103,8 +105,10 @@ def make_app(
     )
 
 
-def _our_routes(node: ServedNode, pulls: SharedPulls) -> list[BaseRoute]:
-    answers = NodeRoutes(node, pulls)
+def _our_routes(
+    node: ServedNode, pulls: SharedPulls, inference: ServedInference | None
+) -> list[BaseRoute]:
+    answers = NodeRoutes(node, pulls, inference)
 
     async def events(websocket: WebSocket) -> None:
         await stream_events(websocket, node.events)

@@ -31,6 +31,13 @@ class ModelBody(_Body, frozen=True):
     model: Name
 
 
+class DrainBody(_Body, frozen=True):
+    """Which node begins no new answers, or begins again."""
+
+    node: Name
+    draining: bool
+
+
 class CopyBody(_Body, frozen=True):
     """Gives a model a second name."""
 

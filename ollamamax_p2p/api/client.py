@@ -28,6 +28,7 @@ from ollamamax_p2p.api.served_node import (
 from ollamamax_p2p.cluster import ClusterStatus, RoleWish
 from ollamamax_p2p.errors import LocalTrouble, NodeNotRunning, OmxError
 from ollamamax_p2p.observability import Event
+from ollamamax_p2p.router import NodeLoad
 from ollamamax_p2p.transfer import PullProgress, PullReport, PushReport
 
 CONNECT_TIMEOUT_S = 5.0
@@ -186,6 +187,16 @@ class LocalClient:
     async def set_cluster_setting(self, key: str, value: str) -> None:
         """Change a setting that the whole cluster shares."""
         await self._ask("POST", "/cluster/set", dict[str, Any], {"key": key, "value": value})
+
+    async def nodes(self) -> tuple[NodeLoad, ...]:
+        """How busy every node is that this one has heard of, itself first."""
+        return (await self._ask("GET", "/nodes", _Nodes)).nodes
+
+    async def drain(self, node: str, *, draining: bool = True) -> None:
+        """Have a node, by name or peer id, begin no new answers, or begin again."""
+        await self._ask(
+            "POST", "/nodes/drain", dict[str, Any], {"node": node, "draining": draining}
+        )
 
     async def stop(self) -> None:
         """Ask the node to stop; it may still run for a moment when this returns."""
@@ -361,6 +372,10 @@ class _Peers(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     models: tuple[ModelInfo, ...]
+
+
+class _Nodes(msgspec.Struct):
+    nodes: tuple[NodeLoad, ...]
 
 
 class _Away(msgspec.Struct):

@@ -12,9 +12,10 @@ from ollamamax_p2p.api import bodies
 from ollamamax_p2p.api.bodies import read_body
 from ollamamax_p2p.api.progress_lines import watched
 from ollamamax_p2p.api.pull_stream import ReportedResponse
+from ollamamax_p2p.api.served_inference import ServedInference
 from ollamamax_p2p.api.served_node import OnProgress, ServedNode
 from ollamamax_p2p.api.shared_pulls import SharedPulls
-from ollamamax_p2p.errors import BadInput
+from ollamamax_p2p.errors import BadInput, PeerNotFound
 from ollamamax_p2p.transfer import PushReport
 
 Answer = Response | ReportedResponse
@@ -24,9 +25,12 @@ Endpoint = Callable[[Request], Awaitable[Answer]]
 class NodeRoutes:
     """The endpoints of one served node."""
 
-    def __init__(self, node: ServedNode, pulls: SharedPulls) -> None:
+    def __init__(
+        self, node: ServedNode, pulls: SharedPulls, inference: ServedInference | None
+    ) -> None:
         self._node = node
         self._pulls = pulls
+        self._inference = inference
 
     async def version(self, request: Request) -> Response:
         """The version of the node."""
@@ -151,6 +155,18 @@ class NodeRoutes:
         """Let nobody join by a ticket issued before; `withdrawn` counts those still good."""
         return _json({"withdrawn": await self._node.withdraw_tickets()})
 
+    async def nodes(self, request: Request) -> Response:
+        """How busy every node is that this one has heard of, itself first."""
+        return _json({"nodes": await self._inference.nodes() if self._inference else ()})
+
+    async def drain(self, request: Request) -> Response:
+        """Have a node begin no new answers, or begin again; what runs is finished."""
+        body = await read_body(request, bodies.DrainBody)
+        if self._inference is None:
+            raise PeerNotFound(body.node)
+        await self._inference.drain(body.node, body.draining)
+        return _json({})
+
     async def stop(self, request: Request) -> Response:
         """Ask the node to stop; it ends after this answer."""
         self._node.request_stop()
@@ -191,6 +207,7 @@ REQUEST_BODIES: Mapping[str, type[msgspec.Struct]] = {
     "expel": bodies.MemberBody,
     "transfer_leader": bodies.MemberBody,
     "rotate_swarm_key": bodies.RotateKeyBody,
+    "drain": bodies.DrainBody,
     "set_cluster_setting": bodies.ClusterSettingBody,
 }
 """Which body an endpoint reads; for the reference page."""

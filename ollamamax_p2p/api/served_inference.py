@@ -8,7 +8,16 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from ollamamax_p2p.inference.core.requests import Embeddings, EmbedRequest, Options, TextRequest
-from ollamamax_p2p.router import Answer, Call, RunningModel, Server, SwarmModel
+from ollamamax_p2p.router import (
+    Answer,
+    Call,
+    NodeLoad,
+    RunningModel,
+    Server,
+    SwarmModel,
+)
+
+__all__ = ["RunningModel", "ServedInference", "SwarmModel"]
 
 
 class ServedInference(Protocol):
@@ -43,3 +52,11 @@ class ServedInference(Protocol):
 
     async def running_models(self) -> tuple[RunningModel, ...]:
         """What is in memory anywhere, the one that stays longest first."""
+
+    async def nodes(self) -> tuple[NodeLoad, ...]:
+        """How busy every node is that was heard of, this one first."""
+
+    async def drain(self, node: str, draining: bool) -> None:
+        """Have a node, by name or peer id, begin no new answers, or begin again; what runs is
+        finished. Raises PeerNotFound, BadInput if several have that name, NetworkTrouble.
+        """

@@ -7,6 +7,7 @@ decided.
 from ollamamax_p2p.router.call import (
     Answer,
     Call,
+    NodeLoad,
     QueuePlace,
     RunningModel,
     Server,
@@ -14,4 +15,13 @@ from ollamamax_p2p.router.call import (
 )
 from ollamamax_p2p.router.settings import RouterSettings
 
-__all__ = ["Answer", "Call", "QueuePlace", "RouterSettings", "RunningModel", "Server", "SwarmModel"]
+__all__ = [
+    "Answer",
+    "Call",
+    "NodeLoad",
+    "QueuePlace",
+    "RouterSettings",
+    "RunningModel",
+    "Server",
+    "SwarmModel",
+]

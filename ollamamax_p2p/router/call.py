@@ -62,6 +62,33 @@ class RunningModel:
     server: Server
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLoad:
+    """How busy a node is, by its last report."""
+
+    peer_id: str
+    node: str
+    """Its name."""
+    region: str
+    draining: bool
+    heard_s: float
+    """How old the report is."""
+    memory_free: int
+    """Bytes for models: of its accelerators, or of the machine."""
+    memory_total: int
+    accelerator: str
+    backends: tuple[str, ...]
+    slots: int
+    """Requests that its engines work on at once."""
+    busy: int
+    queued: int
+    """Requests that wait in its engines' own queues."""
+    tokens_per_s: float
+    models: int
+    """How many it could run."""
+    loaded: tuple[str, ...]
+
+
 class Answer(Protocol):
     """An answer on its way; iterate over it for its parts, once."""
 

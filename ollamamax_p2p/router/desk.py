@@ -17,12 +17,13 @@ from ollamamax_p2p.errors import (
     QueueFull,
 )
 from ollamamax_p2p.inference import Backend, ServableModel
-from ollamamax_p2p.inference.core.requests import Embeddings, EmbedRequest, TextRequest
+from ollamamax_p2p.inference.core.requests import Delta, Embeddings, EmbedRequest, TextRequest
 from ollamamax_p2p.router.core.load_table import BackendLoad, BackendModels, ModelSpeed, model_key
 from ollamamax_p2p.router.core.messages import (
     AnyAsk,
     Begun,
     Done,
+    DrainRequest,
     Event,
     LoadRequest,
     Shown,
@@ -47,9 +48,11 @@ RETRY_AFTER_S = 1.0
 class Desk:
     """The back ends of one node."""
 
-    def __init__(self, backends: Sequence[Backend], *, show: Show) -> None:
-        self.draining = False
+    def __init__(self, backends: Sequence[Backend], *, show: Show, draining: bool = False) -> None:
+        self.draining = draining
         """Begin nothing new; what runs is finished."""
+        self.tokens = 0
+        """That the engines gave since this node began."""
         self._backends = {backend.name: backend for backend in backends}
         self._show = show
         self._running: Counter[str] = Counter()
@@ -72,6 +75,10 @@ class Desk:
             for backend in self._backends.values():
                 if terms.backend in ("", backend.name):
                     await backend.unload(request.model)
+            await emit(Done())
+            return
+        if isinstance(request, DrainRequest):
+            self.draining = request.draining
             await emit(Done())
             return
         if self.draining:
@@ -112,6 +119,8 @@ class Desk:
                     async for part in parts:
                         # It has begun: from here on it may take as long as it takes.
                         patience.deadline = float("inf")
+                        if isinstance(part, Delta):
+                            self.tokens += max(len(part.tokens), 1)
                         await emit(part)
         if patience.cancelled_caught:
             raise DeadlineExceeded("the request", allowed_s or 0.0)

@@ -17,8 +17,10 @@ import trio
 from ollamamax_p2p.errors import (
     BackendFailed,
     BackendUnavailable,
+    BadInput,
     ModelNotFound,
     OmxError,
+    PeerNotFound,
     first_named,
 )
 from ollamamax_p2p.host import PeerHost
@@ -35,7 +37,14 @@ from ollamamax_p2p.inference.core.requests import (
     Resume,
     TextRequest,
 )
-from ollamamax_p2p.router.call import Call, QueuePlace, RunningModel, Server, SwarmModel
+from ollamamax_p2p.router.call import (
+    Call,
+    NodeLoad,
+    QueuePlace,
+    RunningModel,
+    Server,
+    SwarmModel,
+)
 from ollamamax_p2p.router.core.candidate import RequestFacts
 from ollamamax_p2p.router.core.choosing import Choice, Chooser, Refuse, Wait
 from ollamamax_p2p.router.core.load_table import KnownNode, LoadTable, model_key
@@ -43,6 +52,7 @@ from ollamamax_p2p.router.core.messages import (
     AnyAsk,
     Begun,
     Done,
+    DrainRequest,
     Event,
     LoadRequest,
     Shown,
@@ -59,6 +69,9 @@ from ollamamax_p2p.router.settings import RouterSettings
 EVENTS_WAITING_MAX = 64
 """Of one answer, between whoever gives it and whoever reads it; beyond it the giver waits."""
 
+TOKENS_OVER_S = 5.0
+"""What is told of tokens per second is of this time, to twice this."""
+
 UNLOAD_S = 10.0
 """For a peer to say that it has let go of a model."""
 
@@ -70,6 +83,7 @@ class Surroundings:
     """What a router needs to know of the node that it runs on."""
 
     name: str
+    region: str
     epoch: int
     """When the node started, Unix milliseconds."""
     linked: Callable[[], Sequence[PeerId]]
@@ -84,6 +98,10 @@ class Surroundings:
     """Fetch a model to this node."""
     memory: Callable[[], Awaitable[tuple[int, int, str]]]
     """Bytes free for models, in all, and the accelerator's name ("": none)."""
+    draining: bool = False
+    """Whether the node begins as one that is being drained."""
+    on_draining: Callable[[bool], None] = lambda draining: None
+    """Told when that changes, by whomever."""
 
 
 @asynccontextmanager
@@ -105,10 +123,12 @@ async def open_router(
         is_member=around.is_member,
     )
     chooser = Chooser(settings, table, rng=rng)
-    desk = Desk(backends, show=around.show)
+    desk = Desk(backends, show=around.show, draining=around.draining)
 
     async def serve(peer: PeerId, request: AnyAsk, terms: Terms, emit: Emit) -> None:
         await desk.serve(request, terms, emit)
+        if isinstance(request, DrainRequest):
+            around.on_draining(desk.draining)
 
     async with open_forwarding(host, serve) as forwarding, trio.open_nursery() as nursery:
         router = Router(host, settings, around, table, chooser, desk, forwarding, nursery)
@@ -163,6 +183,9 @@ class Router:
         self._changed = trio.Event()
         self._looking = trio.Lock()
         self._number = 0
+        begun = (trio.current_time(), desk.tokens)
+        self._tokens_told = (begun, begun)
+        """When, and how many tokens this node's engines had given then: twice, the later last."""
 
     # -- asking ----------------------------------------------------------------------------------
 
@@ -223,7 +246,7 @@ class Router:
             request,
             call,
             id=self._number,
-            region=self._settings.region,
+            region=self._around.region,
             now=trio.current_time(),
         )
 
@@ -286,21 +309,40 @@ class Router:
                 memory_free=free,
                 memory_total=total,
                 accelerator=accelerator,
+                region=self._around.region,
+                tokens_per_s=self._tokens_per_s(),
                 backends=loads,
                 models=models,
                 now=trio.current_time(),
             )
         self._changed.set()
 
-    @property
-    def draining(self) -> bool:
-        """Whether this node begins nothing new."""
-        return self._desk.draining
-
-    async def drain(self, draining: bool) -> None:
-        """Begin nothing new on this node's back ends, or begin again; what runs is finished."""
-        self._desk.draining = draining
+    async def drain(self, node: str, draining: bool) -> None:
+        """Have a node, by name or peer id, begin nothing new on its back ends, or begin again; what
+        runs is finished. Raises PeerNotFound, BadInput if two have that name, NetworkTrouble.
+        """
+        peer = self._peer_called(node)
+        await self._run_at(peer, DrainRequest(draining=draining), Terms(), _ignore)
+        if peer == self._peer:
+            self._around.on_draining(draining)
         await self.look()
+
+    def _peer_called(self, node: str) -> str:
+        reports = [each.report for each in self._nodes()]
+        found = {each.peer for each in reports if node in (each.peer, each.node)}
+        if not found:
+            raise PeerNotFound(node)
+        if len(found) > 1:
+            raise BadInput(f"{len(found)} nodes are called {node!r}; give the peer id")
+        return found.pop()
+
+    def _tokens_per_s(self) -> float:
+        """Over the last TOKENS_OVER_S or so."""
+        now, told = trio.current_time(), self._tokens_told
+        if now - told[0][0] >= TOKENS_OVER_S:
+            self._tokens_told = (told[1], (now, self._desk.tokens))
+        since, tokens = self._tokens_told[0]
+        return (self._desk.tokens - tokens) / (now - since) if now > since else 0.0
 
     @property
     def running(self) -> int:
@@ -312,15 +354,21 @@ class Router:
         """Requests in this node's queue."""
         return len(self._waiting)
 
-    def nodes(self) -> list[KnownNode]:
-        """What is known of every node's load, this one included."""
+    def _nodes(self) -> list[KnownNode]:
         return self._table.nodes(now=trio.current_time())
+
+    async def nodes(self) -> tuple[NodeLoad, ...]:
+        """What is known of every node's load, this one first."""
+        await self.look()
+        now = trio.current_time()
+        found = [_node_load(each, now) for each in self._nodes()]
+        return tuple(sorted(found, key=lambda each: (each.peer_id != self._peer, each.node)))
 
     async def swarm_models(self) -> tuple[SwarmModel, ...]:
         """See `api.ServedInference.swarm_models`."""
         await self.look()
         found: dict[str, tuple[ServableModel, list[Server]]] = {}
-        for node in sorted(self.nodes(), key=lambda node: node.report.peer != self._peer):
+        for node in sorted(self._nodes(), key=lambda node: node.report.peer != self._peer):
             for backend in node.models:
                 server = Server(
                     peer_id=node.report.peer, node=node.report.node, backend=backend.name
@@ -340,7 +388,7 @@ class Router:
                     peer_id=node.report.peer, node=node.report.node, backend=backend.name
                 ),
             )
-            for node in self.nodes()
+            for node in self._nodes()
             for backend in node.report.backends
             for model in backend.loaded
         ]
@@ -606,6 +654,28 @@ class RoutedAnswer:
             completion_tokens=len(tokens) or self._deltas,
         )
         return msgspec.structs.replace(request, resume=resume)
+
+
+def _node_load(known: KnownNode, now: float) -> NodeLoad:
+    report = known.report
+    loaded = [model for backend in report.backends for model in backend.loaded]
+    return NodeLoad(
+        peer_id=report.peer,
+        node=report.node,
+        region=report.region,
+        draining=report.draining,
+        heard_s=max(now - known.made_at, 0.0),
+        memory_free=report.memory_free,
+        memory_total=report.memory_total,
+        accelerator=report.accelerator,
+        backends=tuple(backend.name for backend in report.backends),
+        slots=sum(backend.slots for backend in report.backends),
+        busy=sum(model.busy for model in loaded),
+        queued=sum(backend.queued for backend in report.backends),
+        tokens_per_s=report.tokens_per_s,
+        models=sum(len(backend.models) for backend in known.models),
+        loaded=tuple(model.name for model in loaded),
+    )
 
 
 def _tell_place(waiter: _Waiter, place: QueuePlace) -> None:

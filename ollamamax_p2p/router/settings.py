@@ -29,11 +29,6 @@ class RouterSettings:
     strategy_embed: Strategy = "lowest_expected_time"
     """For embeddings: short, alike, and nothing of them is kept warm."""
 
-    region: str = ""
-    """Where this node stands, in whatever words the operator likes; told to the others. "": nowhere
-    in particular.
-    """
-
     weight: float = 1.0
     """This node's share under the strategy `weighted`, against the others'; told to them."""
 

@@ -50,7 +50,7 @@ class RouterSwarm:
     async def settle(self) -> None:
         """Until everybody has heard of everybody."""
         with trio.fail_after(60):
-            while any(len(node.router.nodes()) < len(self.nodes) for node in self.nodes):  # noqa: ASYNC110
+            while any(len(node.router._nodes()) < len(self.nodes) for node in self.nodes):  # noqa: ASYNC110
                 await trio.sleep(0.2)
         await trio.sleep(3)
 
@@ -103,6 +103,7 @@ def _around(host: SimulatedHost, place: int) -> Surroundings:
 
     return Surroundings(
         name=f"node{place}",
+        region="",
         epoch=1_000 + place,
         linked=lambda: [each.peer for each in host.connections()],
         connect=connect,

@@ -258,15 +258,15 @@ async def test_showing_asks_a_node_that_has_it(autojump_clock):
 async def test_a_drained_node_finishes_what_it_has_and_gets_nothing_new(autojump_clock):
     one, two = scripted(), scripted()
     async with routers([[], [one], [two]]) as swarm:
-        await swarm.nodes[1].router.drain(True)
+        await swarm.nodes[1].router.drain("node1", True)
         for number in range(6):
             await answered(swarm.nodes[0], ask(f"{number}"))
         assert (one.answered, two.answered) == (0, 6)
-        await swarm.nodes[2].router.drain(True)
+        await swarm.nodes[0].router.drain("node2", True)
         await trio.sleep(3)
         with pytest.raises(NoCandidate, match="drained"):
             await answered(swarm.nodes[0])
-        await swarm.nodes[1].router.drain(False)
+        await swarm.nodes[0].router.drain(swarm.nodes[1].peer, False)
         await trio.sleep(3)
         await answered(swarm.nodes[0])
         assert one.answered == 1

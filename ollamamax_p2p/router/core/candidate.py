@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import msgspec
+
 Kind = Literal["chat", "generate", "embed"]
 
 
@@ -14,9 +16,12 @@ class CandidateKey(NamedTuple):
     model: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A node and back end that can serve a request; times in seconds, rates in tokens/s."""
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A node and back end that can serve a request; times in seconds, rates in tokens/s.
+
+    A struct of msgspec because it is made anew for each request and candidate, and is made four
+    times as fast as a dataclass.
+    """
 
     key: CandidateKey
     node: str = ""

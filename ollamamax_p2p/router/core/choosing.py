@@ -58,6 +58,7 @@ from ollamamax_p2p.router.core.strategies import (
     expected_first_s,
     mixed,
     rank,
+    rate,
     session_seed,
 )
 from ollamamax_p2p.router.settings import RouterSettings, Strategy
@@ -191,9 +192,16 @@ class _Ours:
 
     def at(self, time: float) -> int:
         """How many of ours it had then."""
-        return sum(began < time for began in self.running.values()) + sum(
-            began < time < ended for began, ended in self.ended
-        )
+        count = sum(began < time for began in self.running.values())
+        for began, ended in reversed(self.ended):
+            if ended <= time:
+                break
+            count += began < time
+        return count
+
+
+_NOTHING, _NONE = Speed(), _Ours()
+"""Of a candidate that nothing was sent to; never changed."""
 
 
 class Chooser:
@@ -594,9 +602,10 @@ class Chooser:
         return self._as_candidates(self._table.holders(model), now)
 
     def _as_candidates(self, holders: Iterable[Holder], now: float) -> list[Candidate]:
+        suspect_from = now - self._table.suspect_after_s()
         found = ((holder, self._table.node(holder.peer)) for holder in holders)
         return [
-            self._as_candidate(holder, node, now)
+            self._as_candidate(holder, node, suspect_from, now)
             for holder, node in found
             if node is not None and holder.backend in node.backends and self._lives(node, now)
         ]
@@ -605,15 +614,18 @@ class Chooser:
         is_local = node.report.peer == self._table.peer
         return is_local or now - node.made_at <= self._settings.dead_s
 
-    def _as_candidate(self, holder: Holder, node: KnownNode, now: float) -> Candidate:
+    def _as_candidate(
+        self, holder: Holder, node: KnownNode, suspect_from: float, now: float
+    ) -> Candidate:
         """What the node claims, corrected by what was sent there and measured from here."""
         report, servable = node.report, holder.servable
+        is_local = holder.peer == self._table.peer
         key = CandidateKey(holder.peer, holder.backend, servable.name)
         name = (holder.backend, model_key(servable.name))
         backend, loaded = node.backends[holder.backend], node.loaded.get(name)
         claim = node.speeds.get(name) or ModelSpeed(model=servable.name)
-        speed = self._measured.of(key) or Speed()
-        ours = self._ours.get(key) or _Ours()
+        speed = self._measured.of(key) or _NOTHING
+        ours = self._ours.get(key) or _NONE
         told = backend.queued + (loaded.busy if loaded is not None else 0)
         slots = loaded.slots if loaded is not None else backend.slots
         free = report.memory_free - self._being_loaded_bytes(node, key)
@@ -636,10 +648,10 @@ class Chooser:
             load_s=_known(speed.load_s, claim.load_s, load_s, 0.1, 3_600.0),
             slowdown=speed.slowdown_now(now=now),
             region=report.region,
-            is_local=report.peer == self._table.peer,
+            is_local=is_local,
             weight=report.weight,
             draining=report.draining,
-            suspect=self._table.is_suspect(node, now=now),
+            suspect=not is_local and node.made_at < suspect_from,
             fits=not report.memory_total or size <= free,
             memory_free=max(free, 0),
             size=size,
@@ -686,12 +698,7 @@ def _has_room(candidate: Candidate, settings: RouterSettings) -> bool:
 
 def _rate(candidates: Iterable[Candidate], request: RequestFacts) -> float:
     """Requests of this kind that they finish in a second, together."""
-    return sum(each.capacity / _service_s(each, request) for each in candidates)
-
-
-def _service_s(candidate: Candidate, request: RequestFacts) -> float:
-    reading = request.prompt_tokens / candidate.prefill_tps
-    return 0.01 + reading + request.output_tokens / candidate.decode_tps
+    return sum(rate(each, request) for each in candidates)
 
 
 def _is_able(holder: Holder, needs: tuple[str, ...]) -> bool:

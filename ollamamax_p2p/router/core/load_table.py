@@ -102,6 +102,8 @@ class LoadReport(Message, tag="load", frozen=True, kw_only=True, omit_defaults=T
     """Bytes that a model could take, of what its engines use: the accelerator or the machine."""
     memory_total: Count = 0
     accelerator: Short = ""
+    tokens_per_s: Number = 0.0
+    """What its engines gave of late, together."""
     backends: Annotated[tuple[BackendLoad, ...], Meta(max_length=16)] = ()
 
 
@@ -277,6 +279,8 @@ class LoadTable:
         memory_free: int,
         memory_total: int,
         accelerator: str,
+        region: str = "",
+        tokens_per_s: float = 0.0,
         backends: Sequence[BackendLoad],
         models: Sequence[BackendModels],
         now: float,
@@ -295,12 +299,13 @@ class LoadTable:
             sequence=old.sequence,
             models_version=old.models_version,
             node=node[:128],
-            region=self._settings.region[:128],
+            region=region[:128],
             weight=min(max(self._settings.weight, 0.0), 1e12),
             draining=draining,
             memory_free=memory_free // MEMORY_QUANTUM_BYTES * MEMORY_QUANTUM_BYTES,
             memory_total=memory_total,
             accelerator=accelerator[:128],
+            tokens_per_s=_rounded(tokens_per_s),
             backends=tuple(backends[:16]),
         )
         new = _fitted(new)
@@ -571,11 +576,9 @@ class LoadTable:
         self._drop_dead(now)
         return list(self._nodes.values())
 
-    def is_suspect(self, node: KnownNode, *, now: float) -> bool:
-        """Whether it was not heard of for longer than can be by chance."""
-        if node.report.peer == self.peer:
-            return False
-        return now - node.made_at > max(self._settings.stale_s, 3 * self.period_s())
+    def suspect_after_s(self) -> float:
+        """Who was not heard of for so long is suspect: longer than can be by chance."""
+        return max(self._settings.stale_s, 3 * self.period_s())
 
     def holders(self, model: str) -> list[Holder]:
         """Who could run a model, whatever spelling of its name is given."""
@@ -638,6 +641,11 @@ class LoadTable:
 
 
 @lru_cache(maxsize=8_192)
+def _rounded(rate: float) -> float:
+    """To two digits, so that a report differs only when something did."""
+    return float(f"{min(max(rate, 0.0), 1e9):.2g}")
+
+
 def model_key(name: str) -> str:
     """The same for every spelling of a model's name; names that Ollama would not take (an OpenAI
     engine may have such) are compared as they are, but for upper and lower case.

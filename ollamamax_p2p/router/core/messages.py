@@ -57,6 +57,12 @@ class UnloadRequest(Message, tag="unload", frozen=True):
     model: Name
 
 
+class DrainRequest(Message, tag="drain", frozen=True, kw_only=True):
+    """Begin no new answers, or begin again."""
+
+    draining: bool
+
+
 class ShowRequest(Message, tag="show", frozen=True, kw_only=True):
     """What a model is made of."""
 
@@ -80,7 +86,15 @@ class Shown(Message, tag="shown", frozen=True, kw_only=True):
     body: bytes
 
 
-AnyAsk = GenerateRequest | ChatRequest | EmbedRequest | LoadRequest | UnloadRequest | ShowRequest
+AnyAsk = (
+    GenerateRequest
+    | ChatRequest
+    | EmbedRequest
+    | LoadRequest
+    | UnloadRequest
+    | ShowRequest
+    | DrainRequest
+)
 Event = Begun | Delta | Finish | Embeddings | Done | Shown
 
 

@@ -215,7 +215,7 @@ def _session_affinity(
     if not seed:
         return _least_outstanding(request, candidates, now, rng, state)
     pinned = state.affinity.of_session(request, now=now)
-    order = _by_ring(candidates, seed)
+    order = _by_ring(request, candidates, seed)
     return sorted(order, key=lambda each: each.key != pinned)
 
 
@@ -231,14 +231,14 @@ def _prefix_affinity(
     rng: random.Random,
     state: StrategyState,
 ) -> list[Candidate]:
-    if not request.root:
+    if not request.root or not candidates:
         return _least_outstanding(request, candidates, now, rng, state)
     warm = state.affinity.warm_tokens(request, now=now)
-    share = state.bounded_load * fair_share(candidates)
+    bound = load_bounds(request, candidates, state.bounded_load)
 
     def key(candidate: Candidate) -> tuple[bool, int, float]:
         tokens = warm.get(candidate.key, 0)
-        full = candidate.load + 1 > max(1, math.ceil(share * candidate.capacity))
+        full = candidate.load + 1 > bound[candidate.key]
         # Full ones only among themselves: the least full first.
         return (
             full,
@@ -246,13 +246,30 @@ def _prefix_affinity(
             candidate.pressure if full else 0.0,
         )
 
-    return sorted(_by_ring(candidates, request.root), key=key)
+    return sorted(_by_ring(request, candidates, request.root), key=key)
 
 
-def fair_share(candidates: Sequence[Candidate]) -> float:
-    """Requests per slot if all that are under way, and one more, were spread evenly."""
-    slots = sum(each.capacity for each in candidates)
-    return (sum(each.load for each in candidates) + 1) / max(slots, 1.0)
+def load_bounds(
+    request: RequestFacts, candidates: Sequence[Candidate], factor: float
+) -> dict[CandidateKey, int]:
+    """How many requests each may have at most, with one more than there are now: its share by how
+    fast it is, times the factor, rounded up; so somebody is always below. But its slots in any
+    case: while one is free, nobody waits, and where little is to do, shares are less than one.
+    """
+    total = sum(each.load for each in candidates) + 1
+    rates = [rate(each, request) for each in candidates]
+    per_rate = factor * total / sum(rates)
+    return {
+        candidate.key: max(math.ceil(per_rate * its_rate), int(candidate.capacity))
+        for candidate, its_rate in zip(candidates, rates, strict=True)
+    }
+
+
+def rate(candidate: Candidate, request: RequestFacts) -> float:
+    """Requests of this kind that it finishes in a second, all slots at work."""
+    reading_s = request.prompt_tokens / candidate.prefill_tps
+    writing_s = request.output_tokens / candidate.decode_tps
+    return candidate.capacity / (0.01 + candidate.ttft_s + reading_s + writing_s)
 
 
 def _region_first(
@@ -263,21 +280,26 @@ def _region_first(
     state: StrategyState,
 ) -> list[Candidate]:
     order = _lowest_expected_time(request, candidates, now, rng, state)
-    return sorted(order, key=lambda each: (not each.has_slot, each.region != request.region))
+
+    def key(candidate: Candidate) -> tuple[bool, bool]:
+        ready = (candidate.loaded or candidate.loading) and candidate.has_slot
+        return (not ready, ready and candidate.region != request.region)
+
+    return sorted(order, key=key)
 
 
 def _pressure(candidate: Candidate) -> float:
     return candidate.pressure
 
 
-def _by_ring(candidates: Sequence[Candidate], seed: int) -> list[Candidate]:
+def _by_ring(request: RequestFacts, candidates: Sequence[Candidate], seed: int) -> list[Candidate]:
     """Rendezvous hashing with weights: each candidate draws a number from the seed and itself, and
-    the highest wins; so who joins or leaves moves only its own share, and who has more slots wins
-    more often.
+    the highest wins; so who joins or leaves moves only its own share, and who is faster wins more
+    often, in proportion.
     """
 
     def score(candidate: Candidate) -> float:
-        return math.log((mixed(candidate.ring ^ seed) + 1) / (_MASK + 2)) / candidate.slots
+        return math.log((mixed(candidate.ring ^ seed) + 1) / (_MASK + 2)) / rate(candidate, request)
 
     return sorted(candidates, key=score, reverse=True)
 

@@ -1,0 +1,83 @@
+"""What is tried again, how often, and how soon."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ollamamax_p2p.errors import (
+    BackendFailed,
+    BackendUnavailable,
+    BadRequest,
+    CannotResume,
+    ContextExceeded,
+    DeadlineExceeded,
+    ModelNotFound,
+    NotSupported,
+    OmxError,
+    PeerGone,
+    PeerUnreachable,
+    QueueFull,
+    StoreFull,
+)
+from ollamamax_p2p.router.core.failover import Budget, backoff_s, blame, may_go_elsewhere
+
+
+@pytest.mark.parametrize(
+    ("error", "whose", "elsewhere"),
+    [
+        (BackendFailed("ollama", "500"), "candidate", True),
+        (BackendUnavailable("ollama", "refused"), "candidate", True),
+        (PeerGone("p"), "candidate", True),
+        (PeerUnreachable("p", "no route"), "candidate", True),
+        (StoreFull("/x", 2, 1), "candidate", True),
+        (ModelNotFound("m"), "nobody", True),
+        (QueueFull(3, 1.0), "nobody", True),
+        (CannotResume("it cannot"), "nobody", True),
+        (DeadlineExceeded("it", 3.0), "nobody", False),
+        (BadRequest("no"), "caller", False),
+        (ContextExceeded(), "caller", False),
+        (NotSupported("m", "chat"), "caller", False),
+        (OmxError("of a newer version"), "candidate", True),
+    ],
+)
+def test_whose_fault_an_error_is_and_whether_another_may_do_better(error, whose, elsewhere):
+    assert blame(error) == whose
+    assert may_go_elsewhere(error) is elsewhere
+
+
+def test_a_budget_that_is_spent_fills_again_with_requests():
+    budget = Budget(ratio=0.5, burst=2)
+    assert [budget.take() for _ in range(3)] == [True, True, False]
+    budget.request()
+    assert not budget.take()
+    budget.request()
+    assert budget.take()
+
+
+@given(
+    st.lists(st.booleans(), max_size=300),
+    st.floats(0.0, 1.0),
+    st.integers(0, 20),
+)
+def test_a_budget_is_never_exceeded(wishes, ratio, burst):
+    budget, requests, retries = Budget(ratio=ratio, burst=burst), 0, 0
+    for is_request in wishes:
+        if is_request:
+            budget.request()
+            requests += 1
+        else:
+            retries += budget.take()
+        assert retries <= burst + ratio * requests + 1e-6
+
+
+def test_the_first_retry_goes_at_once_and_the_next_ones_ever_later():
+    rng = random.Random(1)
+    assert backoff_s(1, first_s=0.05, rng=rng) == 0.0
+    for attempt in range(2, 20):
+        longest = 0.05 * 2 ** min(attempt - 2, 6)
+        drawn = [backoff_s(attempt, first_s=0.05, rng=rng) for _ in range(200)]
+        assert all(0 <= each <= longest for each in drawn)
+        assert max(drawn) > longest * 0.9
+        assert min(drawn) < longest * 0.1
