@@ -148,6 +148,8 @@ class Desk:
                     servable, loaded = await backend.models(), await backend.loaded()
             except (OmxError, trio.TooSlowError):
                 return
+            if not servable and not loaded:  # nothing can be sent there
+                return
             waiting = max(self._running[backend.name] - backend.slots, 0)
             loads.append(
                 BackendLoad(
