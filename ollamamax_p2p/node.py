@@ -108,8 +108,7 @@ from ollamamax_p2p.identity import (
     parse_ticket,
     remove_secret,
 )
-from ollamamax_p2p.inference import Backend
-from ollamamax_p2p.inference.backends import open_backends
+from ollamamax_p2p.inference import Backend, open_backends
 from ollamamax_p2p.observability import EventFeed
 from ollamamax_p2p.session import Engines, Session, open_session
 from ollamamax_p2p.swarm_inference import SwarmInference

@@ -31,9 +31,7 @@ from ollamamax_p2p.host import ClosedGate, Connections, Libp2pHost, PeerHost, op
 from ollamamax_p2p.identity import Address, Membership, PeerId
 from ollamamax_p2p.inference import Backend
 from ollamamax_p2p.observability import EventFeed
-from ollamamax_p2p.router.desk import Show
-from ollamamax_p2p.router.dispatch import Router, Surroundings, open_router
-from ollamamax_p2p.router.machine import Machine
+from ollamamax_p2p.router import Machine, Router, Show, Surroundings, open_router
 from ollamamax_p2p.transfer import Origin, Transfer, open_transfer
 
 _log = logging.getLogger(__name__)

@@ -20,8 +20,15 @@ from ollamamax_p2p.inference.core.requests import (
     Options,
     TextRequest,
 )
-from ollamamax_p2p.router import Answer, Call, NodeLoad, RunningModel, Server, SwarmModel
-from ollamamax_p2p.router.dispatch import Router
+from ollamamax_p2p.router import (
+    Answer,
+    Call,
+    NodeLoad,
+    Router,
+    RunningModel,
+    Server,
+    SwarmModel,
+)
 
 
 class SwarmInference:

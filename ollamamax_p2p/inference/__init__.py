@@ -1,10 +1,23 @@
 """Engines that run models: embedded llama.cpp, Ollama servers, whatever speaks OpenAI's HTTP.
 
 Chooses nothing: which engine of which node answers is the router's. Start at `backend`; the values
-are in `core.requests`.
+are in `core.requests` and `core.models`.
 """
 
-from ollamamax_p2p.inference.backend import Backend, LoadedModel, ServableModel
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ollamamax_p2p.inference.backend import Backend
+from ollamamax_p2p.inference.core.models import LoadedModel, ServableModel
 from ollamamax_p2p.inference.settings import InferenceSettings
 
-__all__ = ["Backend", "InferenceSettings", "LoadedModel", "ServableModel"]
+if TYPE_CHECKING:
+    from ollamamax_p2p.inference.backends import open_backends
+
+__all__ = ["Backend", "InferenceSettings", "LoadedModel", "ServableModel", "open_backends"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "open_backends":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f"{__name__}.backends").open_backends

@@ -34,9 +34,7 @@ from ollamamax_p2p.errors import (
     code,
     restored,
 )
-from ollamamax_p2p.host import PeerHost
-from ollamamax_p2p.host.message_stream import MessageStream
-from ollamamax_p2p.host.peer_host import ByteStream
+from ollamamax_p2p.host import ByteStream, MessageStream, PeerHost
 from ollamamax_p2p.identity import PeerId
 from ollamamax_p2p.inference.core.requests import REQUEST_BYTES_MAX
 from ollamamax_p2p.router.core.messages import (

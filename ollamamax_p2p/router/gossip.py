@@ -12,9 +12,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from ollamamax_p2p.errors import NetworkTrouble, OmxError, PeerGone, PeerMisbehaved
-from ollamamax_p2p.host import PeerHost
-from ollamamax_p2p.host.message_stream import MessageStream
-from ollamamax_p2p.host.peer_host import ByteStream
+from ollamamax_p2p.host import ByteStream, MessageStream, PeerHost
 from ollamamax_p2p.identity import PeerId
 from ollamamax_p2p.router.core.load_table import GOSSIP, GossipMessage, LoadTable
 from ollamamax_p2p.wire import protocol_ids

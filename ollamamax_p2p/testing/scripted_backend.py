@@ -20,7 +20,7 @@ from ollamamax_p2p.errors import (
     ModelNotFound,
     NotSupported,
 )
-from ollamamax_p2p.inference.backend import LoadedModel, ServableModel
+from ollamamax_p2p.inference import LoadedModel, ServableModel
 from ollamamax_p2p.inference.core.requests import (
     ChatRequest,
     Delta,

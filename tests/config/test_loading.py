@@ -76,6 +76,8 @@ def test_every_setting_can_be_set_by_its_variable(data_dir):
         "origin.credentials": "reg.local=me:secret,other=you:s=x",
         "origin.token_hosts": "reg.local=auth.local",
         "api.listen": "[::1]:0",
+        "inference.openai": "vllm=http://192.0.2.1:8000/v1, lm=http://192.0.2.2/v1",
+        "inference.openai_keys": "vllm=sk-1",
         "api.ollama_listen": "0.0.0.0:11434",
         "api.origins": "https://*.example.org",
         "api.hosts": "models.example.org",
