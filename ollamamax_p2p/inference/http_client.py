@@ -40,6 +40,8 @@ class Reply:
 
     status: int
     body: bytes
+    headers: frozenset[str]
+    """Names, in lower case."""
 
     def json(self) -> Any:
         """Raises ValueError (msgspec's)."""
@@ -86,7 +88,10 @@ class HttpClient:
                             whole += part
                             if len(whole) > BODY_BYTES_MAX:
                                 raise BackendFailed(self._backend, "its answer is too long")
-                        return Reply(response.status, bytes(whole))
+                        names = frozenset(
+                            name.decode("latin-1").lower() for name, _ in response.headers
+                        )
+                        return Reply(response.status, bytes(whole), names)
             except trio.TooSlowError:
                 raise BackendUnavailable(
                     self._backend, f"no answer within {timeout_s:g} s"

@@ -23,7 +23,9 @@ from ollamamax_p2p.inference.core.requests import (
 Tokens = Annotated[tuple[int, ...], Meta(max_length=TOKENS_MAX)]
 
 
-class _Top(msgspec.Struct, frozen=True):
+class TopProbability(msgspec.Struct, frozen=True):
+    """One that could have come."""
+
     token: str = ""
     logprob: float | None = None
     bytes: tuple[int, ...] | None = None
@@ -35,7 +37,7 @@ class TokenProbability(msgspec.Struct, frozen=True):
     token: str = ""
     logprob: float | None = None
     bytes: tuple[int, ...] | None = None
-    top_logprobs: Annotated[tuple[_Top, ...], Meta(max_length=4 * LOGPROBS_MAX)] = ()
+    top_logprobs: Annotated[tuple[TopProbability, ...], Meta(max_length=4 * LOGPROBS_MAX)] = ()
 
 
 class Timings(msgspec.Struct, frozen=True):

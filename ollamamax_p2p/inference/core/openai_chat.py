@@ -10,7 +10,12 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from ollamamax_p2p.inference.core.completion_pieces import Timings, TokenProbability, as_logprob
+from ollamamax_p2p.inference.core.completion_pieces import (
+    Timings,
+    TokenProbability,
+    TopProbability,
+    as_logprob,
+)
 from ollamamax_p2p.inference.core.requests import (
     TOOLS_MAX,
     ChatMessage,
@@ -116,15 +121,20 @@ class _ChoiceDelta(msgspec.Struct, frozen=True):
     tool_calls: tuple[_ToolDelta, ...] | None = None
 
 
-class _TextLogprobs(msgspec.Struct, frozen=True):
+class _Logprobs(msgspec.Struct, frozen=True):
+    """Of a chat completion (`content`), or of a text completion (the others)."""
+
     content: tuple[TokenProbability, ...] | None = None
+    tokens: tuple[str, ...] | None = None
+    token_logprobs: tuple[float | None, ...] | None = None
+    top_logprobs: tuple[dict[str, float | None] | None, ...] | None = None
 
 
 class _Choice(msgspec.Struct, frozen=True):
     delta: _ChoiceDelta = _ChoiceDelta()
     text: str | None = None
     finish_reason: str | None = None
-    logprobs: _TextLogprobs | None = None
+    logprobs: _Logprobs | None = None
 
 
 class _Usage(msgspec.Struct, frozen=True):
@@ -204,8 +214,30 @@ class AnswerChunks:
             raise ValueError("its tool calls are too long")
 
 
-def _logprobs(given: _TextLogprobs | None) -> tuple[Logprob, ...]:
-    return tuple(map(as_logprob, (given.content or ()) if given else ()))
+def _logprobs(given: _Logprobs | None) -> tuple[Logprob, ...]:
+    if given is None:
+        return ()
+    if given.content is not None:
+        return tuple(map(as_logprob, given.content))
+    tops = given.top_logprobs or ()
+    return tuple(
+        as_logprob(
+            TokenProbability(
+                token,
+                logprob,
+                tuple(token.encode()),
+                tuple(
+                    TopProbability(other, likely, tuple(other.encode()))
+                    for other, likely in (
+                        (tops[place] if place < len(tops) else None) or {}
+                    ).items()
+                ),
+            )
+        )
+        for place, (token, logprob) in enumerate(
+            zip(given.tokens or (), given.token_logprobs or (), strict=False)
+        )
+    )
 
 
 def _object(text: str) -> dict[str, Any]:
