@@ -78,8 +78,8 @@ class OpenAIServer:
     url: str
     """Up to and with the version: `http://10.0.0.7:8000/v1`."""
 
-    name: str
-    """What this back end is called."""
+    name: str = ""
+    """What this back end is called; "": its host and port."""
 
     key: str = field(default="", repr=False)
     """Sent as a bearer token; never logged, never in an error."""

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ollamamax_p2p.inference import LoadedModel, ServableModel
+from ollamamax_p2p.inference.core.models import LoadedModel, ServableModel
 from ollamamax_p2p.inference.core.requests import Part
 
 

@@ -6,9 +6,9 @@ text each time.
 
 import json
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,12 @@ from ollamamax_p2p.inference.core.requests import (
     TextRequest,
 )
 from ollamamax_p2p.inference.embedded import open_embedded
+from ollamamax_p2p.inference.ollama import open_ollama
+from ollamamax_p2p.inference.openai_compatible import open_openai
+from ollamamax_p2p.inference.settings import OpenAIServer
 from ollamamax_p2p.testing import ScriptedBackend
 from ollamamax_p2p.testing.determinism import run_on_virtual_clock
+from tests.inference.counterparts import llama_server, ollama_server
 from tests.inference.real_model import MODEL, SETTINGS, open_store
 
 BUDGET_S = 120
@@ -50,18 +54,17 @@ class Case:
     embedding_model: str = ""
     """"": it gives no vectors."""
     resumes_chat: bool = True
-    formats: bool = True
-    stops: bool = True
-    unloads: bool = True
-    """Has a say in what is in the engine's memory."""
-    options: dict[str, Any] = field(default_factory=dict)
+    threads: int | None = None
+
+    def options(self, **fields: Any) -> Options:
+        return Options(temperature=0.0, seed=1, num_thread=self.threads, **fields)
 
     def chat(self, *, tokens: int = 12, text: str = QUESTION, **fields: Any) -> ChatRequest:
         stop = fields.pop("stop", None)
         return ChatRequest(
             model=fields.pop("model", self.model),
             messages=(ChatMessage(role="user", content=text),),
-            options=Options(num_predict=tokens, temperature=0.0, seed=1, stop=stop),
+            options=self.options(num_predict=tokens, stop=stop),
             **fields,
         )
 
@@ -84,8 +87,6 @@ async def scripted(_folder: Path) -> AsyncIterator[Case]:
         model="tiny",
         idle=idle,
         embedding_model="vectors",
-        formats=False,
-        stops=False,
     )
 
 
@@ -104,25 +105,78 @@ async def embedded(folder: Path) -> AsyncIterator[Case]:
         yield Case(backend=backend, model=MODEL, idle=idle, embedding_model=MODEL)
 
 
-Factory = Callable[[Path], AbstractAsyncContextManager[Case]]
+@asynccontextmanager
+async def ollama(_folder: Path, url: str) -> AsyncIterator[Case]:
+    async with open_ollama(replace(SETTINGS, ollama_slots=2), url) as backend:
 
-IMPLEMENTATIONS = [
-    pytest.param(scripted, id="scripted", marks=pytest.mark.trio(run=run_on_virtual_clock)),
-    pytest.param(embedded, id="embedded", marks=pytest.mark.network),
-]
+        async def idle() -> bool:
+            return not any(model.busy for model in await backend.loaded())
+
+        yield Case(
+            backend=backend,
+            model=MODEL,
+            idle=idle,
+            embedding_model=MODEL,
+            resumes_chat=False,
+            # More than one waits for the others of its kind, which a busy machine lets sleep.
+            threads=1,
+        )
+
+
+@asynccontextmanager
+async def openai(_folder: Path, url: str) -> AsyncIterator[Case]:
+    async with open_openai(OpenAIServer(url=url, key=KEY), SETTINGS) as backend:
+
+        async def idle() -> bool:
+            reply = await backend._root.ask("GET", "/slots", timeout_s=30)
+            return not any(slot["is_processing"] for slot in reply.json())
+
+        yield Case(backend=backend, model=MODEL, idle=idle)
+
+
+KEY = "a-key-that-is-not-shown"
+SCRIPTED = pytest.param(
+    (scripted,), id="scripted", marks=pytest.mark.trio(run=run_on_virtual_clock)
+)
+EMBEDDED = pytest.param((embedded,), id="embedded", marks=pytest.mark.network)
+OLLAMA = pytest.param(
+    (ollama, "ollama_url"), id="ollama", marks=[pytest.mark.network, pytest.mark.counterpart]
+)
+OPENAI = pytest.param((openai, "openai_url"), id="openai", marks=pytest.mark.network)
+IMPLEMENTATIONS = [SCRIPTED, EMBEDDED, OLLAMA, OPENAI]
+
+
+@pytest.fixture(scope="module")
+def ollama_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with ollama_server(tmp_path_factory.mktemp("ollama")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def openai_url() -> Iterator[str]:
+    with llama_server(key=KEY) as url:
+        yield url
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Any]:
     """Opens the implementation, with a bound on the test's time."""
 
+    implementation, *server = request.param
+    urls = [request.getfixturevalue(each) for each in server]
+
     @asynccontextmanager
     async def opening() -> AsyncIterator[Case]:
         with trio.fail_after(BUDGET_S):
-            async with request.param(tmp_path) as case:
+            async with implementation(tmp_path, *urls) as case:
                 yield case
 
     return opening
+
+
+def only(*implementations: Any) -> pytest.MarkDecorator:
+    """A test of what not all of them can."""
+    return pytest.mark.parametrize("opened", implementations, indirect=True)
 
 
 async def whole(backend: Backend, request: TextRequest) -> tuple[list[Delta], Finish]:
@@ -142,7 +196,7 @@ def text_of(deltas: list[Delta]) -> str:
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    while not await condition():
+    while not await condition():  # noqa: ASYNC110 - another process, which tells nothing
         await trio.sleep(0.01)
 
 
@@ -178,16 +232,15 @@ async def test_leaving_an_answer_stops_the_engine(opened):
 
 async def test_cancelling_an_answer_stops_the_engine(opened):
     async with opened() as case:
-        await case.backend.load(case.model)
+        await case.backend.load(case.model, options=case.options())
         with trio.move_on_after(0.2):
             await whole(case.backend, case.chat(tokens=400, text="Tell me a long story."))
         await until(case.idle)
 
 
+@only(SCRIPTED, EMBEDDED, OPENAI)
 async def test_an_answer_goes_on_where_it_broke_off(opened):
     async with opened() as case:
-        if not case.resumes_chat:
-            pytest.skip("cannot go on with a chat")
         request = case.chat(tokens=10)
         deltas, undisturbed = await whole(case.backend, request)
         for cut in range(0, len(deltas) + 1, 3):
@@ -205,10 +258,9 @@ async def test_an_answer_goes_on_where_it_broke_off(opened):
             assert finish.usage.prompt_tokens == undisturbed.usage.prompt_tokens
 
 
+@only(EMBEDDED, OLLAMA, OPENAI)
 async def test_what_cannot_be_gone_on_with_is_refused_before_any_part(opened):
     async with opened() as case:
-        if not case.formats:
-            pytest.skip("knows no format")
         request = case.chat(format="json", resume=Resume(text='{"a":', completion_tokens=3))
         with pytest.raises(CannotResume):
             await whole(case.backend, request)
@@ -222,10 +274,9 @@ async def test_an_unknown_model_is_not_found(opened):
             await case.backend.embed(EmbedRequest(model="nobody-has-this", inputs=("a",)))
 
 
+@only(EMBEDDED, OLLAMA, OPENAI)
 async def test_a_stop_sequence_ends_the_answer_before_itself(opened):
     async with opened() as case:
-        if not case.stops:
-            pytest.skip("knows no stop sequences")
         deltas, _ = await whole(case.backend, case.chat(tokens=12))
         text = text_of(deltas)
         stop = text[len(text) // 2 : len(text) // 2 + 3]
@@ -234,10 +285,9 @@ async def test_a_stop_sequence_ends_the_answer_before_itself(opened):
         assert finish.reason == "stop"
 
 
+@only(EMBEDDED, OLLAMA, OPENAI)
 async def test_a_schema_is_kept_to(opened):
     async with opened() as case:
-        if not case.formats:
-            pytest.skip("knows no format")
         schema = {
             "type": "object",
             "properties": {"colour": {"enum": ["red", "blue"]}},
@@ -248,11 +298,10 @@ async def test_a_schema_is_kept_to(opened):
         assert json.loads(text_of(deltas))["colour"] in ("red", "blue")
 
 
+@only(EMBEDDED, OLLAMA, OPENAI)
 async def test_json_is_json(opened):
     async with opened() as case:
-        if not case.formats:
-            pytest.skip("knows no format")
-        request = case.chat(tokens=200, text='Reply with {"ok": true}', format="json")
+        request = case.chat(tokens=40, text='Reply with {"ok": true}', format="json")
         deltas, finish = await whole(case.backend, request)
         if finish.reason == "stop":
             assert isinstance(json.loads(text_of(deltas)), dict)
@@ -260,11 +309,12 @@ async def test_json_is_json(opened):
             assert text_of(deltas).lstrip().startswith("{")
 
 
+@only(SCRIPTED, EMBEDDED, OLLAMA)
 async def test_vectors_have_length_one(opened):
     async with opened() as case:
-        if not case.embedding_model:
-            pytest.skip("gives no vectors")
-        request = EmbedRequest(model=case.embedding_model, inputs=("red", "a blue sky"))
+        request = EmbedRequest(
+            model=case.embedding_model, inputs=("red", "a blue sky"), options=case.options()
+        )
         given = await case.backend.embed(request)
         again = await case.backend.embed(request)
         assert len(given.vectors) == 2
@@ -275,12 +325,10 @@ async def test_vectors_have_length_one(opened):
             assert vector == pytest.approx(same, abs=1e-3)
 
 
+@only(SCRIPTED, EMBEDDED, OLLAMA)
 async def test_a_model_is_loaded_and_unloaded(opened):
     async with opened() as case:
-        if not case.unloads:
-            pytest.skip("has no say in what is loaded")
-        assert await case.backend.loaded() == ()
-        await case.backend.load(case.model)
+        await case.backend.load(case.model, options=case.options())
         (loaded,) = await case.backend.loaded()
         assert loaded.name.startswith(case.model)
         assert not loaded.loading
@@ -324,7 +372,7 @@ async def test_a_raw_prompt_is_continued(opened):
             model=case.model,
             prompt="One, two, three,",
             raw=True,
-            options=Options(num_predict=4, temperature=0.0),
+            options=case.options(num_predict=4),
         )
         deltas, finish = await whole(case.backend, request)
         assert text_of(deltas)

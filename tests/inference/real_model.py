@@ -21,7 +21,9 @@ TUNED = "tuned:latest"
 """The same weights with SYSTEM, PARAMETER and TEMPLATE layers."""
 GARBAGE = "garbage:latest"
 
-SETTINGS = InferenceSettings(context_length=512, slots=2, threads=1, ollama_url="", memory_bytes=2_000_000_000)
+SETTINGS = InferenceSettings(
+    context_length=512, slots=2, threads=1, ollama_url="", memory_bytes=2_000_000_000
+)
 
 
 @asynccontextmanager
