@@ -1,12 +1,16 @@
-"""`omx demo`: three nodes on this machine, one real model, one of them killed halfway.
+"""`omx demo`: three nodes on this machine, one real model, one of them killed halfway; then a fourth
+that holds nothing and is asked all the same.
 
-Everything is real: three `omx` processes with stores of their own, tickets, libp2p on loopback,
-SIGKILL. What it prints is measured. Exit code 0 only if all three stores verify.
+Everything is real: `omx` processes with stores of their own, tickets, libp2p on loopback, SIGKILL,
+and llama.cpp. What it prints is measured. Exit code 0 only if all three stores verify, and the
+answer whose node was killed is the undisturbed one.
 """
 
 import contextlib
 import hashlib
+import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -29,11 +33,14 @@ from rich.progress import (
 from rich.table import Table
 
 from ollamamax_p2p import LocalClient, OmxError, PullProgress, PullReport
+from omx_cli.demo_questions import QUESTION, AskingFailed, Told, ask
 
 MODEL_NAME = "smollm2:135m"
 START_TIMEOUT_S = 60.0
 # A cold start compiles bytecode and imports libp2p: 5 s on a slow laptop.
 PULL_TIMEOUT_S = 600.0
+KILL_AFTER = 12
+# Parts of an answer that are seen before its node is killed.
 
 
 Show = Callable[[PullProgress], None]
@@ -79,17 +86,24 @@ async def run_demo(model: Path, *, as_json: bool, console: Console) -> int:
     say = _silent if as_json else console.print
     with tempfile.TemporaryDirectory(prefix="omx-demo-") as folder:
         nodes = [DemoNode(name, Path(folder) / name) for name in ("alice", "bob", "carol")]
+        dora = DemoNode("dora", Path(folder) / "dora")
+        answers: list[Told] = []
+        live = console.is_terminal and not as_json
         try:
             with trio.fail_after(PULL_TIMEOUT_S):
-                await _story(nodes, gguf, console, say, live=console.is_terminal and not as_json)
+                await _story(nodes, gguf, console, say, live=live)
+                if has_engine():
+                    answers = await _questions(nodes, dora, console, say, live=live)
+                else:
+                    say("No questions are asked: llama.cpp is not installed (the extra [engine]).")
         finally:
             with trio.CancelScope(shield=True):
-                for node in nodes:
+                for node in (*nodes, dora):
                     await end(node)
         verified = [count_verified(node.models) for node in nodes]
     if len(set(verified)) != 1 or not verified[0]:
         raise DemoFailed(f"the stores do not hold the same verified blobs: {verified}")
-    _show(nodes, verified, as_json, console)
+    _show(nodes, verified, answers, as_json, console)
     return 0
 
 
@@ -118,12 +132,59 @@ async def _story(
             nursery.start_soon(_pull_killed_halfway, carol, bars, say)
 
 
+async def _questions(
+    nodes: list[DemoNode],
+    dora: DemoNode,
+    console: Console,
+    say: Callable[..., None],
+    *,
+    live: bool,
+) -> list[Told]:
+    """Ask a node without the model; then again, and kill whoever answers. Gives both answers."""
+    ticket = (await nodes[0].client.invite(uses=1, expires_s=600)).ticket
+    await start(dora, "join", ticket)
+    say("dora joins and holds no model. She is asked:")
+    say(f"> {QUESTION}")
+    by_name = {node.name: node for node in nodes}
+
+    def show(told: Told, words: str) -> None:
+        if live:
+            console.print(words, end="", markup=False, highlight=False)
+
+    def kill_midway(told: Told, words: str) -> None:
+        show(told, words)
+        process = by_name[told.node].process if told.node in by_name else None
+        if told.deltas == KILL_AFTER and process is not None:
+            process.send_signal(signal.SIGKILL)
+
+    api = dora.said["status"]["api_address"]
+    try:
+        calm = await ask(api, MODEL_NAME, show)
+        say("" if live else calm.text)
+        say(f"{calm.node} answered: {calm.tokens} tokens in {calm.seconds:.1f} s.")
+        say("She is asked again, and whoever answers is killed in the middle (SIGKILL).")
+        moved = await ask(api, MODEL_NAME, kill_midway)
+    except AskingFailed as error:
+        raise DemoFailed(f"dora got no answer: {error}") from error
+    say("" if live else moved.text)
+    if moved.text != calm.text:
+        raise DemoFailed(f"the answer that moved differs: {moved.text!r}, not {calm.text!r}")
+    if not moved.moved:
+        raise DemoFailed(f"{moved.node} answered to the end although it was killed")
+    say(
+        f"{moved.node} was killed after {KILL_AFTER} parts of it; another went on after "
+        f"{moved.longest_pause_s:.1f} s. It is the same answer, character for character."
+    )
+    return [calm, moved]
+
+
 async def start(node: DemoNode, *command: str) -> None:
     """Start `omx up` or `omx join …` and wait until it says where it is."""
     await trio.Path(node.folder).mkdir(exist_ok=True)
     arguments = [
         *command,
         "--json",
+        *("--name", node.name),
         *("--data-dir", str(node.data_dir), "--models", str(node.models)),
         *("--api", "127.0.0.1:0", "--listen", "/ip4/127.0.0.1/tcp/0", "--no-mdns"),
     ]
@@ -134,6 +195,8 @@ async def start(node: DemoNode, *command: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,
+            # Several engines on one machine are in each other's way with more.
+            env={**os.environ, "OMX_INFERENCE_THREADS": "1"},
         )
     node.said = json.loads(await _first_line(node.process) or "{}")
     if not node.said:
@@ -199,6 +262,11 @@ async def end(node: DemoNode) -> None:
     node.process = None
 
 
+def has_engine() -> bool:
+    """Whether llama.cpp is installed here; it is looked for, not loaded."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
 def find_model_file(path: Path) -> Path:
     """The GGUF file that a path means: itself, or the only one below a folder."""
     try:
@@ -254,10 +322,27 @@ def _bars(console: Console, live: bool) -> Iterator[Callable[[str], Show]]:
         yield bar
 
 
-def _show(nodes: list[DemoNode], verified: list[int], as_json: bool, console: Console) -> None:
+def _show(
+    nodes: list[DemoNode],
+    verified: list[int],
+    answers: list[Told],
+    as_json: bool,
+    console: Console,
+) -> None:
     rows = [_row(node) for node in nodes if node.reports]
     if as_json:
-        console.print_json(json.dumps({"nodes": rows, "verified_blobs": verified}))
+        told = [
+            {
+                "node": each.node,
+                "tokens": each.tokens,
+                "seconds": round(each.seconds, 3),
+                "longest_pause_s": round(each.longest_pause_s, 3),
+                "moved": each.moved,
+                "text": each.text,
+            }
+            for each in answers
+        ]
+        console.print_json(json.dumps({"nodes": rows, "verified_blobs": verified, "answers": told}))
         return
     table = Table(title="One model, three stores, every byte verified", title_justify="left")
     for heading in ("node", "seconds", "MB/s", "sources", "refetched bytes", "note"):

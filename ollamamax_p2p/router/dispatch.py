@@ -69,6 +69,11 @@ from ollamamax_p2p.router.settings import RouterSettings
 EVENTS_WAITING_MAX = 64
 """Of one answer, between whoever gives it and whoever reads it; beyond it the giver waits."""
 
+FIRST_REPORT_S = 3.0
+"""For a peer that was just met to tell what it holds; until then a model may yet be found."""
+
+NEWS_LOOKED_FOR_S = 0.05
+
 TOKENS_OVER_S = 5.0
 """What is told of tokens per second is of this time, to twice this."""
 
@@ -183,6 +188,8 @@ class Router:
         self._changed = trio.Event()
         self._looking = trio.Lock()
         self._number = 0
+        self._linked_since: dict[str, float] = {}
+        """When each peer that is connected now was first seen to be."""
         begun = (trio.current_time(), desk.tokens)
         self._tokens_told = (begun, begun)
         """When, and how many tokens this node's engines had given then: twice, the later last."""
@@ -235,7 +242,7 @@ class Router:
     async def _facts(self, request: TextRequest | EmbedRequest, call: Call) -> RequestFacts:
         """Numbered; once the model is known to be held by somebody, pulled if settings allow it."""
         if not self._table.holders(request.model):
-            await self.look()
+            await self._heard_of_all_that_just_came(request.model)
             if not self._table.holders(request.model):
                 if not self._settings.pull_on_demand:
                     raise ModelNotFound(request.model)
@@ -249,6 +256,21 @@ class Router:
             region=self._around.region,
             now=trio.current_time(),
         )
+
+    async def _heard_of_all_that_just_came(self, model: str) -> None:
+        """A node that has just joined has yet to be told what the others hold."""
+        await self.look()
+        while not self._table.holders(model) and self._awaits_reports():  # noqa: ASYNC110
+            await trio.sleep(NEWS_LOOKED_FOR_S)
+
+    def _awaits_reports(self) -> bool:
+        now = trio.current_time()
+        for peer in self._around.linked():
+            since = self._linked_since.setdefault(str(peer), now)
+            known = self._table.node(str(peer))
+            if now - since < FIRST_REPORT_S and (known is None or known.models_at != known.wanted):
+                return True
+        return False
 
     async def unload(self, model: str) -> None:
         """See `api.ServedInference.unload`."""
@@ -300,6 +322,9 @@ class Router:
 
     async def look(self) -> None:
         """See what this node's back ends have, so that choosing knows."""
+        linked = {str(peer) for peer in self._around.linked()}
+        now = trio.current_time()
+        self._linked_since = {peer: self._linked_since.get(peer, now) for peer in linked}
         async with self._looking:
             loads, models = await self._desk.look(self._chooser.speeds)
             free, total, accelerator = await self._around.memory()

@@ -61,6 +61,7 @@ async def routers(
     *,
     seed: int = 1,
     settings: RouterSettings | None = None,
+    settled: bool = True,
 ) -> AsyncIterator[RouterSwarm]:
     """A node for each list of back ends, all connected, all heard of."""
     rng = random.Random(seed)
@@ -84,7 +85,8 @@ async def routers(
             )
             nodes.append(RouterNode(host, router, theirs))
         swarm = RouterSwarm(network, nodes)
-        await swarm.settle()
+        if settled:
+            await swarm.settle()
         yield swarm
 
 

@@ -33,6 +33,12 @@ async def test_a_node_without_the_model_is_answered_by_one_that_has_it(autojump_
         assert (servers[0].node, servers[0].backend) == ("node1", "scripted")
 
 
+async def test_a_node_that_has_just_come_waits_to_be_told_what_there_is(autojump_clock):
+    async with routers([[], [scripted()]], settled=False) as swarm:
+        text, _, _ = await answered(swarm.nodes[0])
+        assert text == whole_answer(ask())
+
+
 async def test_a_model_that_nobody_has_is_not_found(autojump_clock):
     async with routers([[], [scripted()]]) as swarm:
         with pytest.raises(ModelNotFound, match="'nothing'"):
