@@ -64,8 +64,10 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def capacity(self) -> float:
-        """Its slots, as far as they are believed: who claims many and is late has fewer."""
-        return max(1.0, self.slots / max(1.0, self.slowdown))
+        """Its slots, as far as they are believed: who claims many and is late has fewer, and who
+        is very late has one. Squared, so that it loses more than lateness alone costs it.
+        """
+        return max(1.0, self.slots / max(1.0, self.slowdown) ** 2)
 
     @property
     def load(self) -> float:
@@ -77,7 +79,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         """Requests per slot if it got one more; grows with its slowdown, so that who claims to be
         idle and is not gets no more than its answers deserve.
         """
-        return (self.load + 1) / self.slots * max(1.0, self.slowdown)
+        return (self.load + 1) / self.capacity * max(1.0, self.slowdown)
 
     @property
     def has_slot(self) -> bool:
