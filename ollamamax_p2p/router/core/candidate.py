@@ -7,6 +7,11 @@ import msgspec
 
 Kind = Literal["chat", "generate", "embed"]
 
+LATE_BY_CHANCE = 3.0
+"""First parts so many times later than foretold are no lie: somebody else came just before, or the
+prompt was not warm after all.
+"""
+
 
 class CandidateKey(NamedTuple):
     """Which engine of which node, and under which name it has the model."""
@@ -63,9 +68,16 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     can_resume: bool = False
 
     @property
-    def capacity(self) -> float:
-        """Its slots, as far as they are believed: who claims many and is late has fewer."""
-        return max(1.0, self.slots / max(1.0, self.slowdown))
+    def distrust(self) -> float:
+        """1 while its first parts come more or less when they were foretold."""
+        return max(1.0, self.slowdown / LATE_BY_CHANCE)
+
+    @property
+    def capacity(self) -> int:
+        """Its slots, if they are believed: who is very late may not work on as many at once as it
+        claims.
+        """
+        return self.slots if self.distrust == 1.0 else 1
 
     @property
     def load(self) -> float:
@@ -74,10 +86,10 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def pressure(self) -> float:
-        """Requests per slot if it got one more; grows with its slowdown, so that who claims to be
-        idle and is not gets no more than its answers deserve.
+        """Requests per slot if it got one more; grows with distrust, so that who claims to be idle
+        and is not gets no more than its answers deserve.
         """
-        return (self.load + 1) / self.slots * max(1.0, self.slowdown)
+        return (self.load + 1) / self.capacity * self.distrust
 
     @property
     def has_slot(self) -> bool:

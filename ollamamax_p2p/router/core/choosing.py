@@ -63,15 +63,15 @@ from ollamamax_p2p.router.core.strategies import (
 )
 from ollamamax_p2p.router.settings import RouterSettings, Strategy
 
-HOLDERS_MAX = 64
+HOLDERS_MAX = 32
 """Candidates that are looked at for one request. More than this hold a model: those where it may be
 warm, those first on the conversation's ring, and others at random.
 """
 
-KNOWN_MAX = 24
+KNOWN_MAX = 10
 """Of those, where it may be warm."""
 
-RING_MAX = 12
+RING_MAX = 6
 """Of those, from the ring: once by the conversation and once by the session."""
 
 SLOTS_MAX = 1_024
@@ -620,8 +620,7 @@ class Chooser:
         """What the node claims, corrected by what was sent there and measured from here."""
         report, servable = node.report, holder.servable
         is_local = holder.peer == self._table.peer
-        key = CandidateKey(holder.peer, holder.backend, servable.name)
-        name = (holder.backend, model_key(servable.name))
+        key, name = holder.key, holder.name
         backend, loaded = node.backends[holder.backend], node.loaded.get(name)
         claim = node.speeds.get(name) or ModelSpeed(model=servable.name)
         speed = self._measured.of(key) or _NOTHING

@@ -25,6 +25,7 @@ from ollamamax_p2p.content.core.model_name import parse_model_name
 from ollamamax_p2p.errors import BadName
 from ollamamax_p2p.inference.core.models import LoadedModel, ServableModel
 from ollamamax_p2p.inference.core.requests import Count, Name
+from ollamamax_p2p.router.core.candidate import CandidateKey
 from ollamamax_p2p.router.settings import RouterSettings
 from ollamamax_p2p.wire import Codec, Message
 
@@ -179,6 +180,9 @@ class Holder:
     peer: str
     backend: str
     servable: ServableModel
+    key: CandidateKey
+    name: tuple[str, str]
+    """Its back end and `model_key`."""
     ring: int
     """Its place for consistent hashing, the same on every node."""
 
@@ -606,7 +610,14 @@ class LoadTable:
         for backend in models:
             ring = ring_place(peer, backend.name)
             for model in backend.models:
-                holder = Holder(peer=peer, backend=backend.name, servable=model, ring=ring)
+                holder = Holder(
+                    peer=peer,
+                    backend=backend.name,
+                    servable=model,
+                    key=CandidateKey(peer, backend.name, model.name),
+                    name=(backend.name, model_key(model.name)),
+                    ring=ring,
+                )
                 key = (peer, backend.name)
                 self._holders.setdefault(model_key(model.name), {})[key] = holder
 
@@ -640,12 +651,12 @@ class LoadTable:
         self._asked.pop(peer, None)
 
 
-@lru_cache(maxsize=8_192)
 def _rounded(rate: float) -> float:
     """To two digits, so that a report differs only when something did."""
     return float(f"{min(max(rate, 0.0), 1e9):.2g}")
 
 
+@lru_cache(maxsize=8_192)  # Reading a name takes 20 µs, and each request needs a few.
 def model_key(name: str) -> str:
     """The same for every spelling of a model's name; names that Ollama would not take (an OpenAI
     engine may have such) are compared as they are, but for upper and lower case.

@@ -260,7 +260,7 @@ def load_bounds(
     rates = [rate(each, request) for each in candidates]
     per_rate = factor * total / sum(rates)
     return {
-        candidate.key: max(math.ceil(per_rate * its_rate), int(candidate.capacity))
+        candidate.key: max(math.ceil(per_rate * its_rate), candidate.capacity)
         for candidate, its_rate in zip(candidates, rates, strict=True)
     }
 

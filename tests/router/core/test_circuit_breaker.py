@@ -2,7 +2,7 @@
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ollamamax_p2p.router.core.circuit_breaker import CircuitBreaker
@@ -116,6 +116,7 @@ def test_a_probe_whose_client_left_may_be_made_again():
     assert breaker.allows(now=3.5)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ollamamax_p2p.errors import (
@@ -56,6 +56,7 @@ def test_a_budget_that_is_spent_fills_again_with_requests():
     assert budget.take()
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.booleans(), max_size=300),
     st.floats(0.0, 1.0),

@@ -229,6 +229,7 @@ ACTIONS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(ACTIONS)
 def test_the_bounds_hold_and_a_place_is_what_is_taken_whatever_happens(actions):
     queue = a_queue(limit=12, limit_per_user=6, aging_s=30.0)
@@ -258,7 +259,7 @@ def test_the_bounds_hold_and_a_place_is_what_is_taken_whatever_happens(actions):
         assert positions == list(range(1, len(waiting) + 1))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(1.0, 20.0), min_size=2, max_size=6),
     st.integers(10, 60),
@@ -284,7 +285,7 @@ def test_users_who_always_want_something_get_the_same_amount_of_work(costs, take
             assert done[one] - done[other] <= costs[one] + costs[other] + 1e-6
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 4))
 def test_the_lowest_priority_is_served_though_higher_ones_never_end(flood, users):
     """Once it has waited for two steps of aging, each user that was served pays before it."""
