@@ -82,7 +82,12 @@ SMALL_TIMEOUT_S = 60.0
 """For a template or a tokenization: they wait behind a batch of somebody's prompt."""
 MEMORY_SHARE = 0.75
 """Of this machine's memory, where the settings do not say: the system and the node need some."""
-CONTEXT_MIN = 16
+CONTEXT_STEP = 256
+"""llama.cpp makes every slot's context a multiple of it."""
+
+NO_JSON = "~"
+SCHEMAS_KEPT = 256
+"""As many as a client is likely to use; a hostile one only makes us try again."""
 
 T = TypeVar("T")
 
@@ -287,8 +292,9 @@ class EmbeddedBackend:
             yield process, engine.turns
 
     def _context(self, model: EngineModel, options: Options) -> int:
-        wanted = max(CONTEXT_MIN, options.num_ctx or self._settings.context_length)
-        return min(wanted, model.context_length or wanted)
+        wanted = max(1, options.num_ctx or self._settings.context_length)
+        wanted = min(wanted, model.context_length or wanted)
+        return -(-wanted // CONTEXT_STEP) * CONTEXT_STEP
 
 
 class _Answering:
@@ -337,6 +343,8 @@ class _Answering:
         request = self._request
         if self._resume != Resume() and request.format:
             raise CannotResume("JSON cannot be gone on with from its midst")
+        if isinstance(request.format, dict):
+            await self._check_schema(request.format)
         context = await self._context_of_slot()
         prompt = await self._prompt(context)
         left = tokens_left(self._options, self._resume.completion_tokens, context)
@@ -381,6 +389,29 @@ class _Answering:
             if thinking or text:
                 yield Delta(text=text, thinking=thinking, tokens=held.tokens)
         yield self._finish(prompt, tokens, last)
+
+    async def _check_schema(self, schema: dict[str, Any]) -> None:
+        """Raises BadRequest for one that llama.cpp cannot keep an answer to: it only logs that, and
+        answers freely. So it is tried once, with a character pressed on it that no JSON begins
+        with.
+        """
+        tried, key = self._engine.schemas, msgspec.json.encode(schema)
+        if key not in tried:
+            (token, *_) = await self._tokens(NO_JSON, special=False)
+            probe = {
+                "prompt": [token],
+                "n_predict": 1,
+                "temperature": 0.0,
+                "logit_bias": [[token, 1_000.0]],
+                "return_tokens": True,
+                "json_schema": schema,
+            }
+            told = await self._ask("/completion", probe)
+            if len(tried) >= SCHEMAS_KEPT:
+                tried.clear()
+            tried[key] = told.get("tokens") != [token]
+        if not tried[key]:
+            raise BadRequest("invalid JSON schema in format")
 
     def _splitter(self, prompt: _Prompt) -> ThinkingSplitter | None:
         """None if everything that comes is answer."""
@@ -730,10 +761,10 @@ async def _input_tokens(
 ) -> list[int]:
     """A text for a vector. Raises ContextExceeded."""
     tokens = await _tokenize(engine, text, special=True)
-    if len(tokens) > context:
+    if len(tokens) >= context:  # llama.cpp wants one to spare
         if not truncate:
             raise ContextExceeded
-        tokens = tokens[:context]
+        tokens = tokens[: context - 1]
     return tokens or [0]
 
 

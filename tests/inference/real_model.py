@@ -46,6 +46,6 @@ async def open_store(folder: Path) -> AsyncIterator[DiskStore]:
 async def add_garbage(store: DiskStore) -> None:
     """A model whose weights are no GGUF file."""
     good = await store.manifest(parse_model_name(MODEL))
-    data = b"GGUF is not what this is" * 100
+    data = b"no model at all " * 100
     bad = Layer(good.layers[0].media_type, await store.put(data), len(data))
     await store.put_manifest(parse_model_name(GARBAGE), build_manifest(good.config, [bad]))
