@@ -60,6 +60,7 @@ from ollamamax_p2p.inference.core.requests import (
     EmbedRequest,
     Finish,
     GenerateRequest,
+    Logprob,
     Options,
     Part,
     Resume,
@@ -377,7 +378,7 @@ class _Answering:
                 if piece is not None:
                     ids = piece.tokens() or piece.tokens(await self._tokenized(piece.text))
                     tokens += ids or piece.known
-                    delta = held.delta(piece, ids, splitter, request)
+                    delta = held.delta(piece, ids, splitter)
                     if delta is not None:
                         yield delta
                 if chunk.stop:
@@ -385,9 +386,9 @@ class _Answering:
         if last is None:
             raise BackendUnavailable(NAME, "the engine ended in the midst of an answer")
         if splitter is not None:
-            thinking, text = splitter.end()
-            if thinking or text:
-                yield Delta(text=text, thinking=thinking, tokens=held.tokens)
+            rest = held.rest(*splitter.end())
+            if rest is not None:
+                yield rest
         yield self._finish(prompt, tokens, last)
 
     async def _check_schema(self, schema: dict[str, Any]) -> None:
@@ -417,8 +418,9 @@ class _Answering:
         """None if everything that comes is answer."""
         if not self._thinks() or self._resume.text:
             return None
-        inside = bool(self._resume.thinking) or prompt.text_end.rstrip().endswith(OPENS)
-        return ThinkingSplitter(inside=inside)
+        begun = bool(self._resume.thinking)
+        inside = begun or prompt.text_end.rstrip().endswith(OPENS)
+        return ThinkingSplitter(inside=inside, begun=begun)
 
     async def _prompt(self, context: int) -> _Prompt:
         request, resume = self._request, self._resume
@@ -651,41 +653,38 @@ class _Answering:
 
 
 class _Held:
-    """Tokens whose text the splitter holds back."""
+    """What is given out only once all of its text is: a delta's tokens are exactly its text."""
 
     def __init__(self) -> None:
-        self.tokens: tuple[int, ...] = ()
+        self._tokens: tuple[int, ...] = ()
         self._all_known = True
+        self._thinking = self._text = ""
+        self._logprobs: tuple[Logprob, ...] = ()
 
     def delta(
-        self,
-        piece: Piece,
-        ids: tuple[int, ...],
-        splitter: ThinkingSplitter | None,
-        request: TextRequest,
+        self, piece: Piece, ids: tuple[int, ...], splitter: ThinkingSplitter | None
     ) -> Delta | None:
-        """None while there is nothing to give."""
+        """None while the splitter holds a part of the text back."""
         if splitter is None:
-            return Delta(
-                text=piece.text,
-                tokens=ids,
-                logprobs=piece.logprobs if request.logprobs else (),
-            )
+            return Delta(text=piece.text, tokens=ids, logprobs=piece.logprobs)
         thinking, text = splitter.feed(piece.text)
+        self._thinking += thinking
+        self._text += text
         self._all_known = self._all_known and bool(ids)
-        self.tokens += ids
+        self._tokens += ids
+        self._logprobs += piece.logprobs
+        return None if splitter.holds else self.rest("", "")
+
+    def rest(self, thinking: str, text: str) -> Delta | None:
+        """What is held, and some more; None if there is nothing to give."""
+        thinking, text = self._thinking + thinking, self._text + text
         if not (thinking or text):
             return None
-        tokens = self.tokens if self._all_known else ()
-        # Where a part is held back, its tokens would say more than the text does.
-        given = () if splitter.holds else tokens
-        self.tokens, self._all_known = (), True
-        return Delta(
-            text=text,
-            thinking=thinking,
-            tokens=given,
-            logprobs=piece.logprobs if request.logprobs else (),
-        )
+        tokens = self._tokens if self._all_known else ()
+        delta = Delta(text=text, thinking=thinking, tokens=tokens, logprobs=self._logprobs)
+        self._tokens, self._all_known, self._logprobs = (), True, ()
+        self._thinking = self._text = ""
+        return delta
 
 
 @asynccontextmanager

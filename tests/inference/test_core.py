@@ -135,6 +135,8 @@ def test_thinking_is_what_stands_between_its_marks(size: int):
     assert split("<th", size=size) == ("", "<th")
     assert split("<think>never </thi", size=size) == ("never </thi", "")
     assert split(" \n", inside=True, size=size) == ("", "")
+    splitter = ThinkingSplitter(inside=True, begun=True)
+    assert splitter.feed(" more") == (" more", "")
 
 
 # -- OpenAI --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -15,6 +16,7 @@ from ollamamax_p2p.errors import (
     BackendFailed,
     BackendUnavailable,
     BadRequest,
+    CannotResume,
     ContextExceeded,
     NotSupported,
 )
@@ -25,11 +27,22 @@ from ollamamax_p2p.inference.core.requests import (
     GenerateRequest,
     Options,
     Resume,
+    ToolCall,
 )
 from ollamamax_p2p.inference.embedded import open_embedded
 from tests.content.model_files import check_one_line
 from tests.inference.processes import children, is_there, open_files
-from tests.inference.real_model import GARBAGE, MODEL, SETTINGS, TUNED, add_garbage, open_store
+from tests.inference.real_model import (
+    GARBAGE,
+    MODEL,
+    SETTINGS,
+    THINKING_TEMPLATE,
+    TOOLS_TEMPLATE,
+    TUNED,
+    add_garbage,
+    add_templated,
+    open_store,
+)
 
 pytestmark = pytest.mark.network
 
@@ -159,27 +172,74 @@ async def test_what_a_model_cannot_is_refused(tmp_path):
                 await whole(backend, chat("?", format=schema))
 
 
-async def test_tool_calls_come_as_the_engine_reads_them(tmp_path):
-    tool = {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "The weather in a city",
-            "parameters": {
-                "type": "object",
-                "properties": {"city": {"type": "string", "enum": ["Paris"]}},
-                "required": ["city"],
-            },
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
+            "required": ["city"],
         },
-    }
-    options = Options(temperature=0.0, num_predict=80, stop=())
+    },
+}
+
+
+async def test_tool_calls_come_as_the_engine_reads_them(tmp_path):
+    def asked(city: str) -> list[ChatMessage]:
+        call = ToolCall(name="weather", arguments={"city": city}, id="c1")
+        return [
+            ChatMessage(role="user", content=f"Weather in {city}?"),
+            ChatMessage(role="assistant", tool_calls=(call,)),
+            ChatMessage(role="tool", content="rain", tool_call_id="c1"),
+        ]
+
+    # Such a small model calls what it has seen called.
+    messages = [*asked("Rome"), *asked("Paris"), *asked("Rome"), asked("Paris")[0]]
+    request = ChatRequest(
+        model="tools",
+        messages=tuple(messages),
+        tools=(WEATHER,),
+        options=replace_options(num_predict=60),
+    )
     async with opened(tmp_path) as backend:
-        request = chat("Weather in Paris?", model=TUNED, tools=(tool,), options=options)
+        await add_templated(backend._models._store, "tools", TOOLS_TEMPLATE, tmp_path)
         deltas, finish = await whole(backend, request)
-        calls = [call for delta in deltas for call in delta.tool_calls]
-        assert calls or text_of(deltas)
-        assert all(call.name == "weather" for call in calls)
+        (call,) = [call for delta in deltas for call in delta.tool_calls]
+        assert call.name == "weather"
+        assert call.arguments["city"] in ("Paris", "Rome")
         assert finish.usage.completion_tokens > 0
+        with pytest.raises(CannotResume):
+            await whole(backend, msgspec.structs.replace(request, resume=Resume(text="a")))
+
+
+async def test_thinking_is_told_apart_and_gone_on_with(tmp_path):
+    async with opened(tmp_path) as backend:
+        await add_templated(backend._models._store, "thinker", THINKING_TEMPLATE, tmp_path)
+        request = chat("Why is snow white?", model="thinker")
+        deltas, finish = await whole(backend, request)
+        thinking = "".join(delta.thinking for delta in deltas)
+        assert thinking
+        assert text_of(deltas) == ""
+        for cut in range(1, len(deltas) + 1):
+            so_far = deltas[:cut]
+            assert so_far[-1].tokens
+            resume = Resume(
+                thinking="".join(delta.thinking for delta in so_far),
+                tokens=tuple(token for delta in so_far for token in delta.tokens),
+                completion_tokens=sum(len(delta.tokens) for delta in so_far),
+            )
+            rest, end = await whole(
+                backend, chat("Why is snow white?", model="thinker", resume=resume)
+            )
+            assert resume.thinking + "".join(delta.thinking for delta in rest) == thinking
+            assert end.usage.completion_tokens == finish.usage.completion_tokens
+        no_tokens = Resume(thinking="Snow", completion_tokens=1)
+        with pytest.raises(CannotResume):
+            await whole(backend, chat("Why is snow white?", model="thinker", resume=no_tokens))
+        plain, _ = await whole(backend, chat("Why is snow white?", model="thinker", think=False))
+        assert text_of(plain)
 
 
 async def test_a_prompt_that_is_too_long_is_cut_unless_that_is_forbidden(tmp_path):
@@ -213,9 +273,7 @@ async def test_a_prompt_that_is_too_long_is_cut_unless_that_is_forbidden(tmp_pat
 async def test_an_answer_that_may_not_shift_ends_with_the_context(tmp_path):
     async with opened(tmp_path) as backend:
         options = replace_options(num_ctx=256, num_predict=-1)
-        _, finish = await whole(
-            backend, raw("Once upon a time there was", options=options, shift=False)
-        )
+        _, finish = await whole(backend, raw(" a" * 236, options=options, shift=False))
         assert finish.reason in ("length", "stop")
         assert finish.usage.prompt_tokens + finish.usage.completion_tokens <= 256
 

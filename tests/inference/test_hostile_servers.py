@@ -185,7 +185,9 @@ EACH = pytest.mark.parametrize(
 
 
 @EACH
-@pytest.mark.parametrize(("ending", "words"), [(then_hangs, "silent"), (says, "ended before|broke")])
+@pytest.mark.parametrize(
+    ("ending", "words"), [(then_hangs, "silent"), (says, "ended before|broke")]
+)
 async def test_a_server_that_stops_midway_is_given_up(opened, part, ending, words):
     files = open_files()
     with trio.fail_after(60):
