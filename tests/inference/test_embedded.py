@@ -243,7 +243,7 @@ async def test_thinking_is_told_apart_and_gone_on_with(tmp_path):
 
 
 async def test_a_prompt_that_is_too_long_is_cut_unless_that_is_forbidden(tmp_path):
-    words = " ".join(f"word{number}" for number in range(400))
+    words = " ".join(f"word{number}" for number in range(150))
     async with opened(tmp_path) as backend:
         options = replace_options(num_predict=2, num_ctx=256)
         with pytest.raises(ContextExceeded):

@@ -283,7 +283,7 @@ async def test_nobody_there_is_said_with_the_address():
 
 
 async def test_a_node_of_ours_is_no_ollama_for_another():
-    own = says(answer(b"Ollama is running", headers="X-Omx-Node: somebody\r\n"))
+    own = says(answer(b"Ollama is running", headers="Server: omx\r\n"))
     async with server(own) as url, open_ollama(SETTINGS, url, maybe=True) as backend:
         with pytest.raises(BackendUnavailable, match="node"):
             await backend.check()
