@@ -1,5 +1,5 @@
-"""`omx demo`: three nodes on this machine, one real model, one of them killed halfway; then a fourth
-that holds nothing and is asked all the same.
+"""`omx demo`: three nodes on this machine, one real model, one of them killed halfway; then a
+fourth that holds nothing and is asked all the same.
 
 Everything is real: `omx` processes with stores of their own, tickets, libp2p on loopback, SIGKILL,
 and llama.cpp. What it prints is measured. Exit code 0 only if all three stores verify, and the

@@ -60,6 +60,7 @@ from ollamamax_p2p.inference.core.requests import (
     EmbedRequest,
     Finish,
     GenerateRequest,
+    Logprob,
     Options,
     Part,
     Resume,
@@ -82,7 +83,12 @@ SMALL_TIMEOUT_S = 60.0
 """For a template or a tokenization: they wait behind a batch of somebody's prompt."""
 MEMORY_SHARE = 0.75
 """Of this machine's memory, where the settings do not say: the system and the node need some."""
-CONTEXT_MIN = 16
+CONTEXT_STEP = 256
+"""llama.cpp makes every slot's context a multiple of it."""
+
+NO_JSON = "~"
+SCHEMAS_KEPT = 256
+"""As many as a client is likely to use; a hostile one only makes us try again."""
 
 T = TypeVar("T")
 
@@ -287,8 +293,9 @@ class EmbeddedBackend:
             yield process, engine.turns
 
     def _context(self, model: EngineModel, options: Options) -> int:
-        wanted = max(CONTEXT_MIN, options.num_ctx or self._settings.context_length)
-        return min(wanted, model.context_length or wanted)
+        wanted = max(1, options.num_ctx or self._settings.context_length)
+        wanted = min(wanted, model.context_length or wanted)
+        return -(-wanted // CONTEXT_STEP) * CONTEXT_STEP
 
 
 class _Answering:
@@ -337,6 +344,8 @@ class _Answering:
         request = self._request
         if self._resume != Resume() and request.format:
             raise CannotResume("JSON cannot be gone on with from its midst")
+        if isinstance(request.format, dict):
+            await self._check_schema(request.format)
         context = await self._context_of_slot()
         prompt = await self._prompt(context)
         left = tokens_left(self._options, self._resume.completion_tokens, context)
@@ -369,7 +378,7 @@ class _Answering:
                 if piece is not None:
                     ids = piece.tokens() or piece.tokens(await self._tokenized(piece.text))
                     tokens += ids or piece.known
-                    delta = held.delta(piece, ids, splitter, request)
+                    delta = held.delta(piece, ids, splitter)
                     if delta is not None:
                         yield delta
                 if chunk.stop:
@@ -377,17 +386,41 @@ class _Answering:
         if last is None:
             raise BackendUnavailable(NAME, "the engine ended in the midst of an answer")
         if splitter is not None:
-            thinking, text = splitter.end()
-            if thinking or text:
-                yield Delta(text=text, thinking=thinking, tokens=held.tokens)
+            rest = held.rest(*splitter.end())
+            if rest is not None:
+                yield rest
         yield self._finish(prompt, tokens, last)
+
+    async def _check_schema(self, schema: dict[str, Any]) -> None:
+        """Raises BadRequest for one that llama.cpp cannot keep an answer to: it only logs that, and
+        answers freely. So it is tried once, with a character pressed on it that no JSON begins
+        with.
+        """
+        tried, key = self._engine.schemas, msgspec.json.encode(schema)
+        if key not in tried:
+            (token, *_) = await self._tokens(NO_JSON, special=False)
+            probe = {
+                "prompt": [token],
+                "n_predict": 1,
+                "temperature": 0.0,
+                "logit_bias": [[token, 1_000.0]],
+                "return_tokens": True,
+                "json_schema": schema,
+            }
+            told = await self._ask("/completion", probe)
+            if len(tried) >= SCHEMAS_KEPT:
+                tried.clear()
+            tried[key] = told.get("tokens") != [token]
+        if not tried[key]:
+            raise BadRequest("invalid JSON schema in format")
 
     def _splitter(self, prompt: _Prompt) -> ThinkingSplitter | None:
         """None if everything that comes is answer."""
         if not self._thinks() or self._resume.text:
             return None
-        inside = bool(self._resume.thinking) or prompt.text_end.rstrip().endswith(OPENS)
-        return ThinkingSplitter(inside=inside)
+        begun = bool(self._resume.thinking)
+        inside = begun or prompt.text_end.rstrip().endswith(OPENS)
+        return ThinkingSplitter(inside=inside, begun=begun)
 
     async def _prompt(self, context: int) -> _Prompt:
         request, resume = self._request, self._resume
@@ -620,41 +653,38 @@ class _Answering:
 
 
 class _Held:
-    """Tokens whose text the splitter holds back."""
+    """What is given out only once all of its text is: a delta's tokens are exactly its text."""
 
     def __init__(self) -> None:
-        self.tokens: tuple[int, ...] = ()
+        self._tokens: tuple[int, ...] = ()
         self._all_known = True
+        self._thinking = self._text = ""
+        self._logprobs: tuple[Logprob, ...] = ()
 
     def delta(
-        self,
-        piece: Piece,
-        ids: tuple[int, ...],
-        splitter: ThinkingSplitter | None,
-        request: TextRequest,
+        self, piece: Piece, ids: tuple[int, ...], splitter: ThinkingSplitter | None
     ) -> Delta | None:
-        """None while there is nothing to give."""
+        """None while the splitter holds a part of the text back."""
         if splitter is None:
-            return Delta(
-                text=piece.text,
-                tokens=ids,
-                logprobs=piece.logprobs if request.logprobs else (),
-            )
+            return Delta(text=piece.text, tokens=ids, logprobs=piece.logprobs)
         thinking, text = splitter.feed(piece.text)
+        self._thinking += thinking
+        self._text += text
         self._all_known = self._all_known and bool(ids)
-        self.tokens += ids
+        self._tokens += ids
+        self._logprobs += piece.logprobs
+        return None if splitter.holds else self.rest("", "")
+
+    def rest(self, thinking: str, text: str) -> Delta | None:
+        """What is held, and some more; None if there is nothing to give."""
+        thinking, text = self._thinking + thinking, self._text + text
         if not (thinking or text):
             return None
-        tokens = self.tokens if self._all_known else ()
-        # Where a part is held back, its tokens would say more than the text does.
-        given = () if splitter.holds else tokens
-        self.tokens, self._all_known = (), True
-        return Delta(
-            text=text,
-            thinking=thinking,
-            tokens=given,
-            logprobs=piece.logprobs if request.logprobs else (),
-        )
+        tokens = self._tokens if self._all_known else ()
+        delta = Delta(text=text, thinking=thinking, tokens=tokens, logprobs=self._logprobs)
+        self._tokens, self._all_known, self._logprobs = (), True, ()
+        self._thinking = self._text = ""
+        return delta
 
 
 @asynccontextmanager
@@ -730,10 +760,10 @@ async def _input_tokens(
 ) -> list[int]:
     """A text for a vector. Raises ContextExceeded."""
     tokens = await _tokenize(engine, text, special=True)
-    if len(tokens) > context:
+    if len(tokens) >= context:  # llama.cpp wants one to spare
         if not truncate:
             raise ContextExceeded
-        tokens = tokens[:context]
+        tokens = tokens[: context - 1]
     return tokens or [0]
 
 

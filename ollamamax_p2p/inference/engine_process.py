@@ -37,6 +37,8 @@ class EngineProcess:
     pid: int
     http: HttpClient
     died: trio.Event = field(default_factory=trio.Event)
+    schemas: dict[bytes, bool] = field(default_factory=dict)
+    """Whether it keeps answers to a JSON schema; of those that were tried."""
 
     def resident_bytes(self) -> int | None:
         """Memory that the process holds, the mapped part of the model included; None where the

@@ -40,8 +40,8 @@ class Reply:
 
     status: int
     body: bytes
-    headers: frozenset[str]
-    """Names, in lower case."""
+    server: str = ""
+    """What it calls itself."""
 
     def json(self) -> Any:
         """Raises ValueError (msgspec's)."""
@@ -88,10 +88,7 @@ class HttpClient:
                             whole += part
                             if len(whole) > BODY_BYTES_MAX:
                                 raise BackendFailed(self._backend, "its answer is too long")
-                        names = frozenset(
-                            name.decode("latin-1").lower() for name, _ in response.headers
-                        )
-                        return Reply(response.status, bytes(whole), names)
+                        return Reply(response.status, bytes(whole), _server(response))
             except trio.TooSlowError:
                 raise BackendUnavailable(
                     self._backend, f"no answer within {timeout_s:g} s"
@@ -277,6 +274,11 @@ def _parsed(backend: str, url: str) -> httpcore2.URL:
         port=port,
         target=parts.path.rstrip("/").encode(),
     )
+
+
+def _server(response: httpcore2.Response) -> str:
+    values = (value for name, value in response.headers if name.lower() == b"server")
+    return next(values, b"").decode("latin-1")
 
 
 def _closing() -> trio.CancelScope:

@@ -59,8 +59,8 @@ NAME = "ollama"
 DEFAULT_URL = "http://127.0.0.1:11434"
 ASK_TIMEOUT_S = 10.0
 """For lists and the like, which cost an Ollama nothing."""
-OWN_HEADER = "x-omx-node"
-"""Which our own nodes send with everything that they answer as an Ollama."""
+OWN_SERVER = "omx"
+"""What our own nodes call themselves, also where they answer as an Ollama."""
 RENDERS_FROM = (0, 11, 8)
 FOREVER_S = 50 * 365 * 86_400.0
 """An Ollama tells "for ever" as a moment some centuries away."""
@@ -115,7 +115,7 @@ class OllamaBackend:
     async def check(self) -> None:
         """See Backend."""
         reply = await self._http.ask("GET", "/", timeout_s=ASK_TIMEOUT_S)
-        if OWN_HEADER in reply.headers:
+        if reply.server == OWN_SERVER:
             # A node of ours there would ask the swarm, and so us, for what we ask it for.
             raise BackendUnavailable(NAME, "what answers there is a node like this one")
         if reply.status != 200 or not reply.body.startswith(b"Ollama"):

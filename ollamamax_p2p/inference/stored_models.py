@@ -4,6 +4,8 @@ Read once for each manifest; a model that is pulled, removed or made anew is see
 """
 
 import logging
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,6 +125,23 @@ class StoredModels:
         )
 
 
+def engine_capabilities(told: Sequence[str], header: GgufHeader) -> tuple[str, ...]:
+    """What a model can here. Tools, thinking and text for a gap depend on what llama.cpp uses, the
+    file's own Jinja template and tokens, and not on a TEMPLATE layer, which it does not run.
+    """
+    jinja = header.metadata.get("tokenizer.chat_template")
+    template = jinja if isinstance(jinja, str) else ""
+    here = {
+        "tools": re.search(r"\btools\b", template) is not None,
+        "thinking": "<think>" in template or "enable_thinking" in template,
+        "insert": any(
+            f"tokenizer.ggml.{key}_token_id" in header.metadata for key in ("fim_pre", "prefix")
+        ),
+    }
+    kept = [name for name in told or ("completion",) if name not in here]
+    return (*kept, *(name for name, able in here.items() if able))
+
+
 def _may_be_gguf(content: ModelContent) -> bool:
     told = content.config.get("model_format")
     return told in (None, "", "gguf")
@@ -137,7 +156,7 @@ def _about(content: ModelContent, header: GgufHeader) -> ServableModel:
         value = content.config.get(key)
         return value[:limit] if isinstance(value, str) else ""
 
-    capabilities = content.capabilities or ("completion",)
+    capabilities = engine_capabilities(content.capabilities, header)
     return ServableModel(
         name=str(content.stored.name),
         digest=content.stored.manifest_digest,

@@ -95,8 +95,10 @@ class CompletionPieces:
 
     def feed(self, chunk: CompletionChunk) -> Piece | None:
         """A piece, if the chunk brings text."""
-        new = max(0, chunk.tokens_predicted - self.predicted)
-        self.predicted = max(self.predicted, chunk.tokens_predicted)
+        new = chunk.tokens_predicted - self.predicted
+        if new <= 0:
+            return None  # it tells how far the prompt is read, with a token that is none
+        self.predicted = chunk.tokens_predicted
         self._count += new
         self._known += chunk.tokens
         self._logprobs += (as_logprob(each) for each in chunk.completion_probabilities)

@@ -6,11 +6,11 @@ OPENS, CLOSES = "<think>", "</think>"
 class ThinkingSplitter:
     """Splits text as it comes; nothing that may yet become a mark is given out."""
 
-    def __init__(self, *, inside: bool) -> None:
-        """inside: the prompt ends within the thinking already."""
+    def __init__(self, *, inside: bool, begun: bool = False) -> None:
+        """inside: the prompt ends within the thinking already; begun: and after some of it."""
         self._state = "thinking" if inside else "undecided"
         self._held = ""
-        self._strip = inside
+        self._strip = inside and not begun
 
     def feed(self, text: str) -> tuple[str, str]:
         """What is thinking and what is answer in it; each may be empty.
