@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import trio
 
-from ollamamax_p2p.api.served_inference import RunningModel, SwarmModel
 from ollamamax_p2p.errors import BackendUnavailable, CannotResume, OmxError
 from ollamamax_p2p.inference import ServableModel
 from ollamamax_p2p.inference.core.requests import (
@@ -20,7 +19,7 @@ from ollamamax_p2p.inference.core.requests import (
     Resume,
     TextRequest,
 )
-from ollamamax_p2p.router import Call, QueuePlace, Server
+from ollamamax_p2p.router import Call, QueuePlace, RunningModel, Server, SwarmModel
 from ollamamax_p2p.testing.scripted_backend import Script, ScriptedBackend
 from tests.api.ram_node import PEER
 
@@ -76,6 +75,8 @@ class RamInference:
     node_name: str = "ram"
     parts: Sequence[Part | Exception] | None = None
     """What every answer is, word for word, in place of a back end's; an exception is raised."""
+    said: int = 0
+    """How many of them were taken."""
     error: OmxError | None = None
     """What everything raises."""
     places: Sequence[QueuePlace] = ()
@@ -111,6 +112,7 @@ class RamInference:
         for part in self.parts:
             if isinstance(part, Exception):
                 raise part
+            self.said += 1
             yield part
 
     async def _asked(self, request: TextRequest, servers: list[Server], stack: AsyncExitStack):

@@ -276,3 +276,22 @@ async def test_a_websocket_answers_over_a_real_connection(serving):
             while '"done"' not in (frames[-1] if frames else "").partition("line")[0]:
                 frames.append(await socket.get_message())
     assert len(frames) > 3
+
+
+async def test_a_client_that_reads_nothing_does_not_keep_the_node_from_stopping(tmp_path):
+    inference = RamInference(parts=[*[Delta(text="x" * 100_000)] * 100, Finish(reason="stop")])
+    settings = ApiSettings(listen="127.0.0.1:0")
+    with trio.fail_after(30):
+        async with open_api(
+            RamNode(), settings, data_dir=tmp_path, peer_id=PEER, inference=inference
+        ) as server:
+            host, _, port = server.address.rpartition(":")
+            stream = await trio.open_tcp_stream(host, int(port))
+            body = b'{"model":"tiny","prompt":"hello"}'
+            head = (
+                f"POST /api/generate HTTP/1.1\r\nhost: x.localhost\r\ncontent-length: {len(body)}"
+            )
+            await stream.send_all(f"{head}\r\n\r\n".encode() + body)
+            await stream.receive_some(100)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+        await stream.aclose()
