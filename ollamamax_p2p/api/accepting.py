@@ -11,9 +11,14 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-CONNECTIONS_MAX = 128
-"""Each pull or event stream of a program holds one; a connection that says nothing has five seconds
-(anycorn). Refused ones cost this user's other programs a retry, not the node its file descriptors.
+CONNECTIONS_MAX = 2_048
+"""Each streamed answer, pull or event stream holds one, some 60 kB of memory with it; a connection
+that says nothing has five seconds (anycorn).
+"""
+
+DESCRIPTORS_SHARE = 1 / 3
+"""Of the file descriptors that the system lets this process have: refused connections cost programs
+a retry, not the node its files and its peers.
 """
 
 SHORTAGE_PAUSE_S = 1.0
@@ -30,13 +35,14 @@ async def take_connections(
     serve: Callable[[socket.socket], Awaitable[None]],
     nursery: trio.Nursery,
     *,
-    connections_max: int = CONNECTIONS_MAX,
+    connections_max: int | None = None,
 ) -> None:
     """Serve each connection in a task of the nursery, until cancelled.
 
     listener: listening; made non-blocking here. serve: owns the socket it is given; what it raises
-    is logged and ends that connection only.
+    is logged and ends that connection only. connections_max: None: as many as there may be.
     """
+    connections_max = connections_max or _connections_max()
     listener.setblocking(False)
     places = trio.CapacityLimiter(connections_max)
     short = False
@@ -60,6 +66,15 @@ async def take_connections(
             connection.close()
             continue
         nursery.start_soon(_serve, connection, serve, places, place)
+
+
+def _connections_max() -> int:
+    try:
+        from resource import RLIMIT_NOFILE, getrlimit
+    except ImportError:  # not a Unix
+        return CONNECTIONS_MAX
+    descriptors = getrlimit(RLIMIT_NOFILE)[0]
+    return max(32, min(CONNECTIONS_MAX, int(descriptors * DESCRIPTORS_SHARE)))
 
 
 async def _serve(

@@ -186,39 +186,34 @@ class StreamedAnswer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ask, and stream until the answer ends or the client goes."""
-        async with ended_with_client(receive):
+        # The engine is let go before the last write is waited for: that one cannot be cancelled
+        # (the HTTP server shields it), and a client that takes nothing may hold it for long.
+        async with ended_with_client(receive), _open_outbox(send) as outbox:
             begun = False
             try:
                 async with self._inference.answer(self._request, self._asking.call) as answer:
-                    await self._start(answer, send)
                     begun = True
-                    await self._stream(answer, send)
+                    await self._stream(answer, outbox)
             except Exception as error:  # noqa: BLE001 - the border: told in the dialect's words
                 if not begun:
                     await self._shape.refusal(error)(scope, receive, send)
                     return
-                await _send_part(send, self._shape.broken(error))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await outbox.put(self._shape.broken(error))
 
-    async def _start(self, answer: Answer, send: Send) -> None:
-        headers = [
-            (b"content-type", self._shape.content_type),
-            *self._asking.headers(answer.server, answer.queued_s),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def _stream(self, answer: Answer, send: Send) -> None:
+    async def _stream(self, answer: Answer, outbox: "_Outbox") -> None:
         shape = self._shape
-        async with _open_outbox(send) as outbox:
-            await outbox.put(shape.begin())
-            try:
-                async for part in answer:
-                    if isinstance(part, Delta):
-                        await outbox.put(shape.delta(part))
-                    else:
-                        await outbox.put(shape.finish(part, len(answer.servers) - 1))
-            except Exception as error:  # noqa: BLE001 - the border: told in the dialect's words
-                await outbox.put(shape.broken(error))
+        outbox.start(
+            [
+                (b"content-type", shape.content_type),
+                *self._asking.headers(answer.server, answer.queued_s),
+            ]
+        )
+        await outbox.put(shape.begin())
+        async for part in answer:
+            if isinstance(part, Delta):
+                await outbox.put(shape.delta(part))
+            else:
+                await outbox.put(shape.finish(part, len(answer.servers) - 1))
 
 
 class _Outbox:
@@ -229,10 +224,15 @@ class _Outbox:
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self._head: list[Header] | None = None
         self._waiting = bytearray()
         self._changed = trio.Event()
         self._room = trio.Event()
         self._closed = False
+
+    def start(self, headers: list[Header]) -> None:
+        """Begin an answer of status 200; without it nothing is written."""
+        self._head = headers
 
     async def put(self, data: bytes) -> None:
         """Returns when it is taken; waits while the client takes nothing."""
@@ -249,15 +249,22 @@ class _Outbox:
 
     async def write(self) -> None:
         """Write until it is closed and everything is written."""
+        begun = False
         while self._waiting or not self._closed:
             if not self._waiting:
                 await self._changed.wait()
                 self._changed = trio.Event()
                 continue
+            if not begun and self._head is not None:
+                begun = True
+                head = {"type": "http.response.start", "status": 200, "headers": self._head}
+                await self._send(head)
             data = bytes(self._waiting)
             self._waiting.clear()
             self._room.set()
-            await _send_part(self._send, data)
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        if begun:
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 @asynccontextmanager
@@ -268,10 +275,6 @@ async def _open_outbox(send: Send) -> AsyncIterator[_Outbox]:
         nursery.start_soon(outbox.write)
         yield outbox
         outbox.close()
-
-
-async def _send_part(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 class CollectedAnswer:

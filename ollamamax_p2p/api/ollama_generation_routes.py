@@ -29,7 +29,7 @@ from ollamamax_p2p.api.ollama_framing import (
     read_parsed,
     status_and_text,
 )
-from ollamamax_p2p.api.served_inference import RunningModel, ServedInference
+from ollamamax_p2p.api.served_inference import ServedInference
 from ollamamax_p2p.errors import (
     BackendFailed,
     BackendUnavailable,
@@ -47,7 +47,7 @@ from ollamamax_p2p.inference.core.requests import (
     TextRequest,
     ToolCall,
 )
-from ollamamax_p2p.router import Server
+from ollamamax_p2p.router import RunningModel, Server
 
 THREAD_NUMBERS = 4_096
 """Vectors with more numbers are written in a thread: each takes some 2 µs."""

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -104,6 +104,8 @@ async def _serve(
     wrapped = wrap_app(asgi, config.wsgi_max_body_size, "asgi")
     handle = tcp_server_handler(wrapped, config, server, ConnectionState({}))
 
+    connections = _Connections()
+
     async def serve(connection: socket.socket) -> None:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -111,10 +113,47 @@ async def _serve(
         except (OSError, ValueError):  # the client has gone already
             connection.close()
             return
-        await handle(stream)
+        with connections.one(connection):
+            await handle(stream)
 
     with accepting:
         await take_connections(listener, serve, nursery)
+    try:
+        await connections.wait_until_none()
+    finally:
+        connections.cut()
+
+
+class _Connections:
+    """Those that are open, so that they can be cut. anycorn shields its writes from being
+    cancelled, and one to a client that reads nothing would never end.
+    """
+
+    def __init__(self) -> None:
+        self._open: set[socket.socket] = set()
+        self._ended = trio.Event()
+
+    @contextmanager
+    def one(self, connection: socket.socket) -> Iterator[None]:
+        """Open for as long as the block."""
+        self._open.add(connection)
+        try:
+            yield
+        finally:
+            self._open.remove(connection)
+            self._ended.set()
+
+    async def wait_until_none(self) -> None:
+        """Returns when all have ended."""
+        while self._open:
+            self._ended = trio.Event()
+            await self._ended.wait()
+
+    def cut(self) -> None:
+        """Whoever writes to one, or reads, gets an error."""
+        for connection in self._open:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def _listener(listen: str) -> socket.socket:

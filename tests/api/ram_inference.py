@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
-from ollamamax_p2p.api.served_inference import RunningModel, SwarmModel
+import trio
+
 from ollamamax_p2p.errors import BackendUnavailable, CannotResume, OmxError
 from ollamamax_p2p.inference import ServableModel
 from ollamamax_p2p.inference.core.requests import (
@@ -18,7 +19,7 @@ from ollamamax_p2p.inference.core.requests import (
     Resume,
     TextRequest,
 )
-from ollamamax_p2p.router import Call, QueuePlace, Server
+from ollamamax_p2p.router import Call, QueuePlace, RunningModel, Server, SwarmModel
 from ollamamax_p2p.testing.scripted_backend import Script, ScriptedBackend
 from tests.api.ram_node import PEER
 
@@ -74,12 +75,16 @@ class RamInference:
     node_name: str = "ram"
     parts: Sequence[Part | Exception] | None = None
     """What every answer is, word for word, in place of a back end's; an exception is raised."""
+    said: int = 0
+    """How many of them were taken."""
     error: OmxError | None = None
     """What everything raises."""
     places: Sequence[QueuePlace] = ()
     """Told before an answer begins."""
     queued_s: float = 0.0
     calls: list[Call] = field(default_factory=list)
+    left: trio.Event = field(default_factory=trio.Event)
+    """Set when an answer is over, or was left."""
     seen: list[TextRequest | EmbedRequest] = field(default_factory=list)
     loads: list[tuple[str, float | None, Options | None]] = field(default_factory=list)
 
@@ -91,17 +96,23 @@ class RamInference:
             assert call.on_queue is not None
             call.on_queue(place)
         async with AsyncExitStack() as stack:
+            stack.callback(self._note_left)
             servers: list[Server] = []
             parts = self._said(servers) if self.parts else self._asked(request, servers, stack)
             stack.push_async_callback(parts.aclose)
             first = await anext(parts)
             yield RamAnswer(_chained(first, parts), servers, self.queued_s)
 
+    def _note_left(self) -> None:
+        self.left.set()
+        self.left = trio.Event()
+
     async def _said(self, servers: list[Server]):
         servers.append(self._server(self.backends[0]))
         for part in self.parts:
             if isinstance(part, Exception):
                 raise part
+            self.said += 1
             yield part
 
     async def _asked(self, request: TextRequest, servers: list[Server], stack: AsyncExitStack):

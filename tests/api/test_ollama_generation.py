@@ -360,7 +360,7 @@ async def test_a_client_that_goes_while_it_waits_for_the_first_part_is_noticed(a
 
 
 async def test_a_slow_reader_holds_its_own_answer_only(autojump_clock):
-    inference = RamInference()
+    inference = RamInference(parts=[*[Delta(text="x" * 10_000)] * 100, Finish(reason="stop")])
     async with open_asgi(inference) as client, trio.open_nursery() as nursery:
         reading, slow = trio.Event(), Reply()
         body = {"model": "tiny", "prompt": PROMPT.prompt}
@@ -370,13 +370,33 @@ async def test_a_slow_reader_holds_its_own_answer_only(autojump_clock):
 
         nursery.start_soon(ask_slowly)
         await trio.sleep(1)
+        assert 0 < inference.said < 20, "its engine waits too"
+        held = inference.said
         assert (await client.post("/api/generate", body)).lines()[-1]["done"]
-        assert inference.backends[0].answered == 1
+        assert inference.said == held + 101
         assert not slow.flushes
         reading.set()
         await trio.sleep(1)
         assert slow.lines()[-1]["done"]
-        assert inference.backends[0].answered == 2
+        assert inference.said == 202
+
+
+async def test_a_client_that_takes_nothing_and_goes_lets_the_engine_go(autojump_clock):
+    inference = RamInference((scripted(token_s=0.01),))
+    async with open_asgi(inference) as client, trio.open_nursery() as nursery:
+        reading, gone = trio.Event(), trio.Event()
+
+        async def ask() -> None:
+            body = {"model": "tiny", "prompt": PROMPT.prompt}
+            with trio.CancelScope(shield=True):  # as the HTTP server's writes are
+                await client.post("/api/generate", body, reading=reading, gone=gone)
+
+        nursery.start_soon(ask)
+        await trio.sleep(0.1)
+        gone.set()
+        await trio.sleep(0.1)
+        assert inference.backends[0].cancelled == 1
+        reading.set()
 
 
 async def test_a_hundred_thousand_messages_are_answered(autojump_clock):
