@@ -221,14 +221,15 @@ class OllamaStoreRoutes:
 
     async def put_blob(self, request: Request) -> "EarlyAnswer":
         """Take a blob as it arrives: 201 if it is new."""
-        return EarlyAnswer(await self._put_blob(request), request)
+        body = ArrivingBody(request)
+        return EarlyAnswer(await self._put_blob(request, body), body)
 
-    async def _put_blob(self, request: Request) -> Response:
+    async def _put_blob(self, request: Request, body: "ArrivingBody") -> Response:
         digest = request.path_params["digest"]
         try:
             if await self._node.has_blob(digest):
                 return Response(status_code=200)
-            async with aclosing(_parts(request)) as parts:
+            async with aclosing(body.parts()) as parts:
                 await self._node.put_blob(digest, parts, size=_length(request))
         except BadDigest:
             return error_response(400, "invalid digest format")
@@ -363,20 +364,28 @@ def _length(request: Request) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
-async def _parts(request: Request) -> AsyncGenerator[bytes, None]:
-    """The body as it arrives; what has been read does not come again. Raises ClientDisconnect if it
-    ends before its end.
-    """
-    arriving = request.stream()
-    while True:
-        part: bytes | None = None
-        with trio.move_on_after(PART_TIMEOUT_S):
-            part = await anext(arriving, b"")
-        if part is None:
-            raise StatusError(408, f"nothing of the blob arrived for {PART_TIMEOUT_S:g} s")
-        if not part:
-            return
-        yield part
+class ArrivingBody:
+    """A request's body, read part by part."""
+
+    def __init__(self, request: Request) -> None:
+        self._receive = request.receive
+        self.is_whole = False
+        """Whether all of it has been read."""
+
+    async def parts(self) -> AsyncGenerator[bytes, None]:
+        """What comes, from where the last reader stopped. Raises ClientDisconnect if it ends before
+        its end, StatusError if nothing comes for long.
+        """
+        while not self.is_whole:
+            message = None
+            with trio.move_on_after(PART_TIMEOUT_S):
+                message = await self._receive()
+            if message is None:
+                raise StatusError(408, f"nothing of the blob arrived for {PART_TIMEOUT_S:g} s")
+            if message["type"] != "http.request":
+                raise ClientDisconnect
+            self.is_whole = not message.get("more_body", False)
+            yield message.get("body", b"")
 
 
 class EarlyAnswer:
@@ -386,8 +395,8 @@ class EarlyAnswer:
     they send loses the answer too. So some of what still comes is taken and thrown away.
     """
 
-    def __init__(self, response: Response, request: Request) -> None:
-        self._response, self._request = response, request
+    def __init__(self, response: Response, body: ArrivingBody) -> None:
+        self._response, self._body = response, body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, then take what comes, within bounds."""
@@ -397,7 +406,7 @@ class EarlyAnswer:
         await send({"type": "http.response.body", "body": response.body, "more_body": True})
         taken = 0
         with suppress(ClientDisconnect), trio.move_on_after(DRAINED_S):
-            async for part in _parts(self._request):
+            async for part in self._body.parts():
                 taken += len(part)
                 if taken > DRAINED_BYTES_MAX:
                     break

@@ -76,7 +76,7 @@ async def served(tmp_path):
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=[each["name"] for each in VECTORS])
-async def test_an_answer_has_the_bytes_of_ollamas(served, vector):
+async def test_an_answer_has_the_bytes_of_ollamas(served, vector, caplog):
     request = vector["request"]
     headers = {"authorization": None} | request.get("headers", {})
     status, found, body = await served.raw(
@@ -85,6 +85,7 @@ async def test_an_answer_has_the_bytes_of_ollamas(served, vector):
     assert (status, body.decode()) == (vector["status"], vector["body"])
     assert {name: found.get(name) for name in vector["headers"]} == vector["headers"]
     assert not set(vector.get("absent", ())) & set(found)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 # -- tags over the swarm -----------------------------------------------------------------------
