@@ -39,7 +39,14 @@ from ollamamax_p2p.api.shared_pulls import SharedPulls
 from ollamamax_p2p.content import ListedModel, ShownDetails, check_creation_request
 from ollamamax_p2p.content.core.model_name import ModelName, parse_model_name
 from ollamamax_p2p.content.core.modelfile import go_quoted
-from ollamamax_p2p.errors import BadDigest, BadName, DigestMismatch, ModelNotFound, OmxError
+from ollamamax_p2p.errors import (
+    BadDigest,
+    BadName,
+    DigestMismatch,
+    ModelNotFound,
+    NetworkTrouble,
+    OmxError,
+)
 from ollamamax_p2p.inference import ServableModel
 
 OLLAMA_VERSION = "0.14.0"
@@ -144,7 +151,10 @@ class OllamaStoreRoutes:
     async def _of_swarm(self) -> list[ServableModel]:
         if self._inference is None:
             return []
-        return [each.model for each in await self._inference.swarm_models()]
+        try:
+            return [each.model for each in await self._inference.swarm_models()]
+        except NetworkTrouble:  # between two swarms there are our own
+            return []
 
     async def show(self, request: Request) -> Response:
         """All that a model says about itself."""
