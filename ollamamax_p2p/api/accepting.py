@@ -11,11 +11,6 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-CONNECTIONS_MAX = 128
-"""Each pull or event stream of a program holds one; a connection that says nothing has five seconds
-(anycorn). Refused ones cost this user's other programs a retry, not the node its file descriptors.
-"""
-
 SHORTAGE_PAUSE_S = 1.0
 """When the system gives us no descriptor: others of the node's come free meanwhile."""
 
@@ -30,12 +25,12 @@ async def take_connections(
     serve: Callable[[socket.socket], Awaitable[None]],
     nursery: trio.Nursery,
     *,
-    connections_max: int = CONNECTIONS_MAX,
+    connections_max: int,
 ) -> None:
     """Serve each connection in a task of the nursery, until cancelled.
 
     listener: listening; made non-blocking here. serve: owns the socket it is given; what it raises
-    is logged and ends that connection only.
+    is logged and ends that connection only. connections_max: who comes beyond is hung up on.
     """
     listener.setblocking(False)
     places = trio.CapacityLimiter(connections_max)
