@@ -173,6 +173,8 @@ class OllamaStoreRoutes:
             raise _not_found(body.named) from None
         if answer.remote_host:
             raise StatusError(403, f"{CLOUD_DISABLED}: remote model details are unavailable")
+        if body.verbose:  # a vocabulary: others are not to wait while it is written out
+            return await trio.to_thread.run_sync(json_response, answer)
         return json_response(answer)
 
     # -- moving and making models --------------------------------------------------------------
