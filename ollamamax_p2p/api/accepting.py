@@ -11,11 +11,6 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-CONNECTIONS_MAX = 2_048
-"""Each streamed answer, pull or event stream holds one, some 60 kB of memory with it; a connection
-that says nothing has five seconds (anycorn).
-"""
-
 DESCRIPTORS_SHARE = 1 / 3
 """Of the file descriptors that the system lets this process have: refused connections cost programs
 a retry, not the node its files and its peers.
@@ -35,14 +30,15 @@ async def take_connections(
     serve: Callable[[socket.socket], Awaitable[None]],
     nursery: trio.Nursery,
     *,
-    connections_max: int | None = None,
+    connections_max: int,
 ) -> None:
     """Serve each connection in a task of the nursery, until cancelled.
 
     listener: listening; made non-blocking here. serve: owns the socket it is given; what it raises
-    is logged and ends that connection only. connections_max: None: as many as there may be.
+    is logged and ends that connection only. connections_max: who comes beyond is hung up on; fewer
+    where the system gives this process fewer file descriptors.
     """
-    connections_max = connections_max or _connections_max()
+    connections_max = min(connections_max, _descriptors_allow())
     listener.setblocking(False)
     places = trio.CapacityLimiter(connections_max)
     short = False
@@ -68,13 +64,12 @@ async def take_connections(
         nursery.start_soon(_serve, connection, serve, places, place)
 
 
-def _connections_max() -> int:
+def _descriptors_allow() -> int:
     try:
         from resource import RLIMIT_NOFILE, getrlimit
     except ImportError:  # not a Unix
-        return CONNECTIONS_MAX
-    descriptors = getrlimit(RLIMIT_NOFILE)[0]
-    return max(32, min(CONNECTIONS_MAX, int(descriptors * DESCRIPTORS_SHARE)))
+        return 2**31
+    return max(32, int(getrlimit(RLIMIT_NOFILE)[0] * DESCRIPTORS_SHARE))
 
 
 async def _serve(

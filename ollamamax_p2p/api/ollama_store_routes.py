@@ -39,7 +39,14 @@ from ollamamax_p2p.api.shared_pulls import SharedPulls
 from ollamamax_p2p.content import ListedModel, ShownDetails, check_creation_request
 from ollamamax_p2p.content.core.model_name import ModelName, parse_model_name
 from ollamamax_p2p.content.core.modelfile import go_quoted
-from ollamamax_p2p.errors import BadDigest, BadName, DigestMismatch, ModelNotFound, OmxError
+from ollamamax_p2p.errors import (
+    BadDigest,
+    BadName,
+    DigestMismatch,
+    ModelNotFound,
+    NetworkTrouble,
+    OmxError,
+)
 from ollamamax_p2p.inference import ServableModel
 
 OLLAMA_VERSION = "0.14.0"
@@ -144,7 +151,10 @@ class OllamaStoreRoutes:
     async def _of_swarm(self) -> list[ServableModel]:
         if self._inference is None:
             return []
-        return [each.model for each in await self._inference.swarm_models()]
+        try:
+            return [each.model for each in await self._inference.swarm_models()]
+        except NetworkTrouble:  # between two swarms there are our own
+            return []
 
     async def show(self, request: Request) -> Response:
         """All that a model says about itself."""
@@ -163,6 +173,8 @@ class OllamaStoreRoutes:
             raise _not_found(body.named) from None
         if answer.remote_host:
             raise StatusError(403, f"{CLOUD_DISABLED}: remote model details are unavailable")
+        if body.verbose:  # a vocabulary: others are not to wait while it is written out
+            return await trio.to_thread.run_sync(json_response, answer)
         return json_response(answer)
 
     # -- moving and making models --------------------------------------------------------------
@@ -221,14 +233,15 @@ class OllamaStoreRoutes:
 
     async def put_blob(self, request: Request) -> "EarlyAnswer":
         """Take a blob as it arrives: 201 if it is new."""
-        return EarlyAnswer(await self._put_blob(request), request)
+        body = ArrivingBody(request)
+        return EarlyAnswer(await self._put_blob(request, body), body)
 
-    async def _put_blob(self, request: Request) -> Response:
+    async def _put_blob(self, request: Request, body: "ArrivingBody") -> Response:
         digest = request.path_params["digest"]
         try:
             if await self._node.has_blob(digest):
                 return Response(status_code=200)
-            async with aclosing(_parts(request)) as parts:
+            async with aclosing(body.parts()) as parts:
                 await self._node.put_blob(digest, parts, size=_length(request))
         except BadDigest:
             return error_response(400, "invalid digest format")
@@ -363,20 +376,28 @@ def _length(request: Request) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
-async def _parts(request: Request) -> AsyncGenerator[bytes, None]:
-    """The body as it arrives; what has been read does not come again. Raises ClientDisconnect if it
-    ends before its end.
-    """
-    arriving = request.stream()
-    while True:
-        part: bytes | None = None
-        with trio.move_on_after(PART_TIMEOUT_S):
-            part = await anext(arriving, b"")
-        if part is None:
-            raise StatusError(408, f"nothing of the blob arrived for {PART_TIMEOUT_S:g} s")
-        if not part:
-            return
-        yield part
+class ArrivingBody:
+    """A request's body, read part by part."""
+
+    def __init__(self, request: Request) -> None:
+        self._receive = request.receive
+        self.is_whole = False
+        """Whether all of it has been read."""
+
+    async def parts(self) -> AsyncGenerator[bytes, None]:
+        """What comes, from where the last reader stopped. Raises ClientDisconnect if it ends before
+        its end, StatusError if nothing comes for long.
+        """
+        while not self.is_whole:
+            message = None
+            with trio.move_on_after(PART_TIMEOUT_S):
+                message = await self._receive()
+            if message is None:
+                raise StatusError(408, f"nothing of the blob arrived for {PART_TIMEOUT_S:g} s")
+            if message["type"] != "http.request":
+                raise ClientDisconnect
+            self.is_whole = not message.get("more_body", False)
+            yield message.get("body", b"")
 
 
 class EarlyAnswer:
@@ -386,8 +407,8 @@ class EarlyAnswer:
     they send loses the answer too. So some of what still comes is taken and thrown away.
     """
 
-    def __init__(self, response: Response, request: Request) -> None:
-        self._response, self._request = response, request
+    def __init__(self, response: Response, body: ArrivingBody) -> None:
+        self._response, self._body = response, body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, then take what comes, within bounds."""
@@ -397,7 +418,7 @@ class EarlyAnswer:
         await send({"type": "http.response.body", "body": response.body, "more_body": True})
         taken = 0
         with suppress(ClientDisconnect), trio.move_on_after(DRAINED_S):
-            async for part in _parts(self._request):
+            async for part in self._body.parts():
                 taken += len(part)
                 if taken > DRAINED_BYTES_MAX:
                     break

@@ -51,9 +51,10 @@ PushReport at its end.
 
 ## Ollama's, OpenAI's and Anthropic's paths
 
-They are served beside the node's own, and alone on `api.ollama_listen`. They need no token;
-Ollama's documentation says what they take and give. The header `server` of an answer is `omx`. What
-differs is told here, and in [the guide](../guide/ollama-api.md).
+They are served beside the node's own, and alone on `api.ollama_listen`. They need no token; what
+they take and give is in the documentation of those three. The header `server` of an answer is
+`omx`. What differs is told here, and in the guides to [clients](../guide/clients.md)
+and to [the store](../guide/ollama-api.md).
 
 Their `Host` must be an address of this machine or of a private network, this machine's name, a name
 that ends in .localhost, .local or .internal, or one of `api.hosts`; else the answer is an empty

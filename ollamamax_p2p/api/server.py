@@ -74,10 +74,13 @@ async def open_api(
                 make = partial(
                     make_app, node, pulls, token=token, inference=inference, settings=settings
                 )
-                nursery.start_soon(_serve, listener, make(), server, nursery, accepting[0])
+                serve = partial(
+                    _serve, server=server, nursery=nursery, most=settings.connections_max
+                )
+                nursery.start_soon(partial(serve, listener, make(), accepting=accepting[0]))
                 if second is not None:
                     app = make(serves_ours=False)
-                    nursery.start_soon(_serve, second, app, server, nursery, accepting[1])
+                    nursery.start_soon(partial(serve, second, app, accepting=accepting[1]))
                 found = NodeFile(pid=os.getpid(), api=address, peer_id=peer_id)
                 await trio.to_thread.run_sync(write_files, data_dir, found, token)
                 try:
@@ -93,11 +96,15 @@ async def open_api(
 async def _serve(
     listener: socket.socket,
     app: Starlette,
+    *,
     server: WorkerContext,
     nursery: trio.Nursery,
     accepting: trio.CancelScope,
+    most: int,
 ) -> None:
-    """Take connections until `accepting` is cancelled; those that are open go on in the nursery."""
+    """Take connections until `accepting` is cancelled, `most` at once; those that are open go on in
+    the nursery.
+    """
     config = _server_config()
     # anycorn.serve would be all this, but its accepting has no bound and ends on any error.
     asgi: Any = app  # two libraries' types of one protocol
@@ -117,7 +124,7 @@ async def _serve(
             await handle(stream)
 
     with accepting:
-        await take_connections(listener, serve, nursery)
+        await take_connections(listener, serve, nursery, connections_max=most)
     try:
         await connections.wait_until_none()
     finally:

@@ -28,3 +28,8 @@ class ApiSettings:
     """Names by which this node may be asked for Ollama's API, beside addresses, this machine's
     name, localhost and what ends in .local or .internal. A proxy's public name, for one.
     """
+
+    connections_max: int = 2_048
+    """At once, in each of the two places; who comes beyond is hung up on. A thousand answers that
+    are read slowly, and as many clients that wait. One that says nothing has five seconds.
+    """

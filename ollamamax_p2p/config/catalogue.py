@@ -23,6 +23,11 @@ OTHER_PROGRAMS_VARIABLES: Mapping[str, str] = {
     "origin.connections": "OLLAMA_MAX_TRANSFER_STREAMS",
     "api.ollama_listen": "OLLAMA_HOST",
     "api.origins": "OLLAMA_ORIGINS",
+    "inference.slots": "OLLAMA_NUM_PARALLEL",
+    "inference.context_length": "OLLAMA_CONTEXT_LENGTH",
+    "inference.keep_alive_s": "OLLAMA_KEEP_ALIVE",
+    "inference.load_timeout_s": "OLLAMA_LOAD_TIMEOUT",
+    "router.queue_max": "OLLAMA_MAX_QUEUE",
 }
 """Asked last: what the user has told Ollama already."""
 

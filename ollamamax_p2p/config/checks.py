@@ -18,6 +18,7 @@ _COUNTS_MIN: Mapping[str, int] = {
     "transfer.stall_strikes": 1,
     "transfer.requests_in_flight_bytes": 1024 * 1024,  # one chunk of the smallest size
     "origin.connections": 1,
+    "api.connections_max": 8,
     "discovery.remembered_peers_max": 0,
     "content.reserve_bytes": 0,
     "inference.slots": 1,
@@ -42,6 +43,7 @@ _COUNTS_MAX: Mapping[str, int] = {
     "host.connections_max": 65_536,
     "transfer.upload_slots": 1_024,
     "transfer.sources_max": 1_024,
+    "api.connections_max": 65_536,
     "origin.connections": 64,  # more is an attack on the registry
     "discovery.remembered_peers_max": 100_000,
     "inference.slots": 1_024,

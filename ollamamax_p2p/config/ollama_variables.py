@@ -5,7 +5,10 @@ Ollama warns of a value that it cannot use and takes its default; so nothing her
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from ipaddress import ip_address
+
+from ollamamax_p2p.config.checks import SECONDS_MAX
 
 _DEFAULT_PORTS = {"": "11434", "http": "80", "https": "443"}
 
@@ -41,15 +44,50 @@ def _split(place: str) -> tuple[str, str, str]:
     return place or "127.0.0.1", "", ""
 
 
-def streams_of(text: str) -> str | None:
-    """OLLAMA_MAX_TRANSFER_STREAMS within what a registry may be asked for at once."""
-    return str(min(max(int(text), 1), 64)) if re.fullmatch(r"[0-9]{1,9}", text) else None
+def seconds_of(text: str) -> float | None:
+    """A duration as Go writes it, `1h30m`, `-1ns`, or whole seconds."""
+    if re.fullmatch(r"[+-]?[0-9]{1,12}", text):
+        return float(text)
+    match = re.fullmatch(rf"([+-]?)((?:{_PART})+)", text)
+    if match is None:
+        return None
+    total = sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, match[2]))
+    return -total if match[1] == "-" else total
+
+
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PART = r"([0-9]{1,12}(?:\.[0-9]{0,9})?)(ns|us|µs|ms|s|m|h)"
+
+
+def _keep_alive(text: str) -> str | None:
+    """Negative: for ever, there as here."""
+    seconds = seconds_of(text)
+    return None if seconds is None else str(min(seconds, SECONDS_MAX))
+
+
+def _timeout(text: str) -> str | None:
+    """None or a negative one is none, which is a month here."""
+    seconds = seconds_of(text)
+    if seconds is None:
+        return None
+    return str(min(seconds, SECONDS_MAX) if seconds > 0 else SECONDS_MAX)
+
+
+def _count(text: str, most: int) -> str | None:
+    """0 leaves it to the program."""
+    is_count = re.fullmatch(r"[0-9]{1,9}", text) and int(text) > 0
+    return str(min(int(text), most)) if is_count else None
 
 
 READERS: Mapping[str, Callable[[str], str | None]] = {
     "OLLAMA_HOST": listen_of_host,
-    "OLLAMA_MAX_TRANSFER_STREAMS": streams_of,
+    "OLLAMA_MAX_TRANSFER_STREAMS": partial(_count, most=64),
+    "OLLAMA_NUM_PARALLEL": partial(_count, most=1_024),
+    "OLLAMA_CONTEXT_LENGTH": partial(_count, most=2**24),
+    "OLLAMA_KEEP_ALIVE": _keep_alive,
+    "OLLAMA_LOAD_TIMEOUT": _timeout,
+    "OLLAMA_MAX_QUEUE": partial(_count, most=10**6),
 }
-"""Variable -> our spelling of its value; None where we do not take it. Others are taken as they
-are.
+"""Variable -> our spelling of its value, within our bounds; None where we do not take it. Others
+are taken as they are.
 """

@@ -112,6 +112,9 @@ async def describe_for_show(
     config = content.config
     header = await _gguf_header(store, content, MODEL_TYPE, verbose)
     projector = await _gguf_header(store, content, PROJECTOR_TYPE, verbose)
+    # In a thread: the scores of a vocabulary take a second to write out.
+    model_info = await trio.to_thread.run_sync(_info, header, verbose)
+    projector_info = await trio.to_thread.run_sync(_info, projector, verbose)
     return ShowAnswer(
         license="\n".join(content.licenses),
         modelfile=modelfile_of(store, overlaid, "ollama"),
@@ -124,8 +127,8 @@ async def describe_for_show(
         messages=tuple(ShownMessage(role=m.role, content=m.content) for m in content.messages),
         remote_model=_text(config, "remote_model"),
         remote_host=_text(config, "remote_host"),
-        model_info=_info(header, verbose) if header else {},
-        projector_info=_info(projector, verbose) if projector else {},
+        model_info=model_info,
+        projector_info=projector_info,
         tensors=_tensors(header) if header else (),
         capabilities=content.capabilities,
         modified_at=rfc3339(content),
@@ -190,7 +193,9 @@ async def _read_header(store: BlobStore, layer: Layer, verbose: bool) -> GgufHea
         return await trio.to_thread.run_sync(read)
 
 
-def _info(header: GgufHeader, verbose: bool) -> dict[str, Any]:
+def _info(header: GgufHeader | None, verbose: bool) -> dict[str, Any]:
+    if header is None:
+        return {}
     shown: dict[str, Any] = {
         key: _shown(value, verbose)
         for key, value in header.metadata.items()

@@ -3,13 +3,18 @@
 import errno
 import os
 import socket
+from functools import partial
 
 import pytest
 import trio
 
-from ollamamax_p2p.api.accepting import CONNECTIONS_MAX, take_connections
+from ollamamax_p2p.api.accepting import take_connections
+from tests.api.ram_node import RamNode
+from tests.api.store_node import serving
 
 pytestmark = pytest.mark.network
+
+CONNECTIONS_MAX = 8
 
 
 def listening(kind: type[socket.socket] = socket.socket) -> socket.socket:
@@ -17,6 +22,12 @@ def listening(kind: type[socket.socket] = socket.socket) -> socket.socket:
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     return listener
+
+
+def start_taking(nursery: trio.Nursery, listener: socket.socket, serve) -> None:
+    nursery.start_soon(
+        partial(take_connections, listener, serve, nursery, connections_max=CONNECTIONS_MAX)
+    )
 
 
 async def greet(connection: socket.socket) -> None:
@@ -68,7 +79,7 @@ async def test_a_shortage_of_descriptors_is_said_once_and_outlived(autojump_cloc
     with listening(ShortOfFiles) as listener:
         where = listener.getsockname()
         async with trio.open_nursery() as serving:
-            serving.start_soon(take_connections, listener, greet, serving)
+            start_taking(serving, listener, greet)
             client = socket.create_connection(where)
             await trio.sleep(3.5)
             with client:
@@ -84,16 +95,17 @@ async def test_a_connection_that_fails_ends_alone(nursery, caplog):
 
     with listening() as listener:
         async with trio.open_nursery() as serving:
-            serving.start_soon(take_connections, listener, fail, serving)
+            start_taking(serving, listener, fail)
             for _ in range(3):
                 assert await greeting(await trio.open_tcp_stream(*listener.getsockname())) == b""
             serving.cancel_scope.cancel()
     assert caplog.text.count("an API connection failed") == 3
 
 
-async def test_the_node_answers_beside_idle_connections_up_to_the_bound(served):
-    host, _, port = served.server.address.rpartition(":")
-    idle = [await trio.open_tcp_stream(host, int(port)) for _ in range(CONNECTIONS_MAX - 8)]
-    assert (await served.raw("GET", "/omx/v1/status"))[0] == 200
-    for stream in idle:
-        await stream.aclose()
+async def test_the_node_answers_beside_idle_connections_up_to_the_bound(tmp_path):
+    async with serving(RamNode(), tmp_path, connections_max=24) as served:
+        host, _, port = served.server.address.rpartition(":")
+        idle = [await trio.open_tcp_stream(host, int(port)) for _ in range(16)]
+        assert (await served.raw("GET", "/omx/v1/status"))[0] == 200
+        for stream in idle:
+            await stream.aclose()

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from ollamamax_p2p.api import ApiSettings, LocalClient, open_api
+from ollamamax_p2p.content import CreationRequest
 from ollamamax_p2p.errors import (
     BadInput,
     BadModelFile,
@@ -24,6 +25,8 @@ from ollamamax_p2p.errors import (
 from ollamamax_p2p.observability import Event
 from ollamamax_p2p.transfer import PullProgress
 from tests.api.ram_node import OTHER_PEER, PEER, RamNode, at_once, progress
+from tests.api.store_node import StoreNode, serving
+from tests.content.model_files import gguf_file
 
 pytestmark = pytest.mark.network
 
@@ -266,3 +269,19 @@ async def test_a_port_that_is_taken_is_named(served, tmp_path):
     with pytest.raises(PortInUse, match="--api"):
         async with open_api(RamNode(), settings, data_dir=tmp_path / "b", peer_id=PEER):
             pass
+
+
+async def test_a_push_reports_like_a_pull_and_its_errors_cross(tmp_path):
+    node = StoreNode()
+    async with serving(node, tmp_path) as served:
+        digest = await node.store.put(gguf_file({"w": bytes(64)}))
+        await node.create_from_request("tiny", CreationRequest(files={"a": digest}))
+        states = []
+        report = await served.client.push("tiny", on_progress=states.append)
+        assert (report.model, report.bytes_sent) == ("tiny:latest", report.bytes_total)
+        assert [states[0].status, states[-1].status] == ["retrieving manifest", "success"]
+        assert list(node.origin.manifests) == ["registry.ollama.ai/library/tiny:latest"]
+        with pytest.raises(ModelNotFound):
+            await served.client.push("none")
+        with pytest.raises(BadName):
+            await served.client.push("a b")

@@ -18,7 +18,7 @@ from ollamamax_p2p.api.ollama_store_requests import CopyRequest, CreateRequest, 
 from ollamamax_p2p.content import CreationRequest, RamStore, check_creation_request
 from ollamamax_p2p.content.core.digest import digest_of
 from ollamamax_p2p.content.core.model_name import parse_model_name
-from ollamamax_p2p.errors import BadInput, ModelNotFound
+from ollamamax_p2p.errors import BadInput, ModelNotFound, SwarmChanging
 from ollamamax_p2p.inference import ServableModel
 from ollamamax_p2p.transfer import PullProgress
 from tests.api.ram_node import WRITTEN, progress
@@ -76,7 +76,7 @@ async def served(tmp_path):
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=[each["name"] for each in VECTORS])
-async def test_an_answer_has_the_bytes_of_ollamas(served, vector):
+async def test_an_answer_has_the_bytes_of_ollamas(served, vector, caplog):
     request = vector["request"]
     headers = {"authorization": None} | request.get("headers", {})
     status, found, body = await served.raw(
@@ -85,6 +85,7 @@ async def test_an_answer_has_the_bytes_of_ollamas(served, vector):
     assert (status, body.decode()) == (vector["status"], vector["body"])
     assert {name: found.get(name) for name in vector["headers"]} == vector["headers"]
     assert not set(vector.get("absent", ())) & set(found)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 # -- tags over the swarm -----------------------------------------------------------------------
@@ -130,6 +131,16 @@ async def test_tags_are_those_of_the_swarm_and_of_this_store_newest_first(tmp_pa
         },
     }
     assert models[2]["capabilities"] == ["tools"]
+
+
+async def test_between_two_swarms_there_are_the_tags_of_this_store(tmp_path):
+    class Nowhere(Swarm):
+        async def swarm_models(self):
+            raise SwarmChanging
+
+    async with serving(await node_with_a_model(), tmp_path, inference=Nowhere()) as served:
+        status, _, body = await served.raw("GET", "/api/tags")
+    assert (status, len(json.loads(body)["models"])) == (200, 1)
 
 
 # -- uploads -----------------------------------------------------------------------------------

@@ -10,10 +10,13 @@ import socket
 import pytest
 import trio
 
+from ollamamax_p2p.content import CreationRequest
 from ollamamax_p2p.errors import DigestMismatch
 from ollamamax_p2p.observability import Event
 from tests.api.ram_node import OTHER_PEER, PEER, progress
+from tests.api.store_node import StoreNode, serving
 from tests.cli.running_omx import command, environment
+from tests.content.model_files import gguf_file
 
 pytestmark = pytest.mark.network
 
@@ -46,6 +49,26 @@ async def test_import_create_show_cp_and_rm(served, omx, tmp_path):
     assert (await omx("rm", "tiny", "other")).out == "deleted 'tiny'\ndeleted 'other'\n"
     ended = await omx("rm", "tiny")
     assert (ended.code, ended.err) == (3, "Error: model 'tiny' not found\n")
+
+
+async def test_push_says_what_it_sent_and_how_it_goes(omx, tmp_path):
+    node = StoreNode()
+    digest = await node.store.put(gguf_file({"w": bytes(64)}))
+    await node.create_from_request("lab/tiny", CreationRequest(files={"a": digest}))
+    async with serving(node, tmp_path):
+        ended = await omx("push", "lab/tiny")
+        assert ended.code == 0
+        assert re.fullmatch(r"pushed lab/tiny:latest: \d+ B in 1\.0 s, \d+ B/s\n", ended.out)
+        assert ended.err.splitlines()[0] == "retrieving manifest"
+        assert re.fullmatch(r"pushing [0-9a-f]{12}: \d+ B", ended.err.splitlines()[1])
+        lines = (await omx("push", "lab/tiny", "--json")).out.splitlines()
+        assert json.loads(lines[-1])["report"]["model"] == "lab/tiny:latest"
+        assert json.loads(lines[0])["status"] == "retrieving manifest"
+        ended = await omx("push", "none")
+        assert (ended.code, ended.err.splitlines()[-1]) == (
+            3,
+            "Error: model 'none:latest' not found",
+        )
 
 
 async def test_a_missing_modelfile_is_named(served, omx):

@@ -81,6 +81,8 @@ def test_every_setting_can_be_set_by_its_variable(data_dir):
         "api.ollama_listen": "0.0.0.0:11434",
         "api.origins": "https://*.example.org",
         "api.hosts": "models.example.org",
+        "inference.openai": "vllm=http://10.0.0.7:8000/v1",
+        "inference.openai_keys": "vllm=secret",
     }
     for key, setting in all_settings().items():
         text = texts.get(key, str(setting.default))
@@ -149,11 +151,40 @@ def test_ollamas_other_variables_are_read_where_ours_are_not_set(data_dir, write
     assert found.config.api.origins == ("https://a.b", "app://*")
     assert found.config.origin.connections == 7
     assert found.sources["api.origins"] == "OLLAMA_ORIGINS"
-    for text, connections in (("0", 1), ("999", 64), ("many", 4)):
+    for text, connections in (("0", 4), ("999", 64), ("many", 4)):
         streams = {"OLLAMA_MAX_TRANSFER_STREAMS": text}
         assert loaded(data_dir, streams).config.origin.connections == connections
     write('[api]\norigins = ["*"]')
     assert loaded(data_dir, theirs).config.api.origins == ("*",)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "key", "value"),
+    [
+        ("OLLAMA_KEEP_ALIVE", "10m", "inference.keep_alive_s", 600.0),
+        ("OLLAMA_KEEP_ALIVE", "1h0.5m1s", "inference.keep_alive_s", 3631.0),
+        ("OLLAMA_KEEP_ALIVE", "3600", "inference.keep_alive_s", 3600.0),
+        ("OLLAMA_KEEP_ALIVE", "-1", "inference.keep_alive_s", -1.0),
+        ("OLLAMA_KEEP_ALIVE", "-5m", "inference.keep_alive_s", -300.0),
+        ("OLLAMA_KEEP_ALIVE", "0", "inference.keep_alive_s", 0.0),
+        ("OLLAMA_KEEP_ALIVE", "for ever", "inference.keep_alive_s", 300.0),
+        ("OLLAMA_LOAD_TIMEOUT", "90s", "inference.load_timeout_s", 90.0),
+        ("OLLAMA_LOAD_TIMEOUT", "0", "inference.load_timeout_s", 30 * 86_400.0),
+        ("OLLAMA_LOAD_TIMEOUT", "5 m", "inference.load_timeout_s", 300.0),
+        ("OLLAMA_NUM_PARALLEL", "4", "inference.slots", 4),
+        ("OLLAMA_NUM_PARALLEL", "0", "inference.slots", 1),
+        ("OLLAMA_CONTEXT_LENGTH", "8192", "inference.context_length", 8192),
+        ("OLLAMA_MAX_QUEUE", "7", "router.queue_max", 7),
+        ("OLLAMA_MAX_QUEUE", "-7", "router.queue_max", 1024),
+    ],
+)
+def test_ollamas_engine_variables_mean_here_what_they_mean_there(
+    data_dir, variable, text, key, value
+):
+    found = loaded(data_dir, {variable: text})
+    assert found.config.values()[key] == value
+    if found.sources[key] == "default":
+        assert value == all_settings()[key].default
 
 
 def test_an_empty_variable_counts_as_not_set(data_dir):

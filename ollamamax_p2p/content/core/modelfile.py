@@ -274,8 +274,10 @@ def as_float32(value: float) -> float:
     single = _single(value)
     if not math.isfinite(single):
         raise ValueError(f"{value} is out of range")
-    # Nine digits tell any two 32-bit numbers apart.
-    shorter = (float(f"{single:.{digits}g}") for digits in range(1, 10))
+    # Nine digits tell any two 32-bit numbers apart; six give back any decimal that has no more, but
+    # for the smallest numbers, which have fewer bits.
+    fewest = 6 if abs(single) >= 2**-126 else 1
+    shorter = (float(f"{single:.{digits}g}") for digits in range(fewest, 10))
     return next(short for short in shorter if _single(short) == single)
 
 
