@@ -13,7 +13,7 @@ from ollamamax_p2p.api.app import EVENTS_PATH, ROUTES, ApiRoute
 from ollamamax_p2p.api.bodies import BODY_BYTES_MAX
 from ollamamax_p2p.api.error_responses import INTERNAL_ERROR, status_of
 from ollamamax_p2p.api.guard import OPEN_PATHS
-from ollamamax_p2p.api.inference_routes import INFERENCE_ROUTES, InferenceRoute
+from ollamamax_p2p.api.inference_routes import INFERENCE_ROUTES, WEBSOCKET_PATH, InferenceRoute
 from ollamamax_p2p.api.node_routes import REQUEST_BODIES, NodeRoutes
 from ollamamax_p2p.api.ollama_store_routes import STORE_ROUTES, OllamaStoreRoutes, StoreRoute
 
@@ -65,6 +65,8 @@ lets it in or `api.origins` does.
 |---|---|
 """
 
+_WEBSOCKET = "Many requests on one connection: [its protocol](../protocols/websocket.md)."
+
 _ERRORS_HEAD = """\
 # Errors
 
@@ -83,6 +85,7 @@ def api_page() -> str:
     routes = "\n".join([_API_HEAD, *map(_route, ROUTES), _API_TAIL])
     rows = [_ollama_row(OllamaStoreRoutes, each) for each in STORE_ROUTES]
     rows += [_ollama_row(each.dialect, each) for each in INFERENCE_ROUTES]
+    rows.append(f"| WebSocket `{WEBSOCKET_PATH}` | {_WEBSOCKET} |\n")
     return routes + "".join(rows)
 
 
