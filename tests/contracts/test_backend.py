@@ -301,7 +301,7 @@ async def test_a_schema_is_kept_to(opened):
 @only(EMBEDDED, OLLAMA, OPENAI)
 async def test_json_is_json(opened):
     async with opened() as case:
-        request = case.chat(tokens=40, text='Reply with {"ok": true}', format="json")
+        request = case.chat(tokens=16, text='Reply with {"ok": true}', format="json")
         deltas, finish = await whole(case.backend, request)
         if finish.reason == "stop":
             assert isinstance(json.loads(text_of(deltas)), dict)
@@ -354,14 +354,14 @@ async def test_several_answers_at_once(opened):
         texts: dict[int, str] = {}
 
         async def ask(number: int) -> None:
-            deltas, finish = await whole(case.backend, case.chat(tokens=5))
+            deltas, finish = await whole(case.backend, case.chat(tokens=3))
             texts[number] = text_of(deltas)
-            assert finish.usage.completion_tokens == 5
+            assert finish.usage.completion_tokens == 3
 
         async with trio.open_nursery() as nursery:
-            for number in range(4):
+            for number in range(3):
                 nursery.start_soon(ask, number)
-        assert len(texts) == 4
+        assert len(texts) == 3
         assert all(texts.values())
         await until(case.idle)
 
