@@ -98,6 +98,9 @@ a flood of bad ones must lock nobody out.
 REDEEMED_AT_ONCE_MAX = 16
 """Tickets about which the gate is asked at the same time; the rest wait their turn."""
 
+REDEEM_AGAIN_S = 1.0
+"""An issuer that hangs up is asked once more after this."""
+
 STREAMS_PER_PEER = 4
 """Join streams of one peer: two after a simultaneous dial, two more while old ones die."""
 
@@ -349,10 +352,16 @@ class Connections:
         """
         trouble: NetworkTrouble = PeerUnreachable("the issuer", "the ticket has no address")
         for peer, addresses in _by_peer(ticket.addresses).items():
-            try:
-                return await self._redeem_with(peer, addresses, ticket, name)
-            except NetworkTrouble as error:
-                trouble = error
+            for pause_s in (REDEEM_AGAIN_S, 0.0):
+                try:
+                    return await self._redeem_with(peer, addresses, ticket, name)
+                except PeerGone as error:
+                    # Who has just left, or was expelled, is still being hung up on there.
+                    trouble = error
+                    await trio.sleep(pause_s)
+                except NetworkTrouble as error:
+                    trouble = error
+                    break
         raise trouble
 
     async def enter(self, addresses: Sequence[Address]) -> bytes:

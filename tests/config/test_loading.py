@@ -81,8 +81,6 @@ def test_every_setting_can_be_set_by_its_variable(data_dir):
         "api.ollama_listen": "0.0.0.0:11434",
         "api.origins": "https://*.example.org",
         "api.hosts": "models.example.org",
-        "inference.openai": "vllm=http://10.0.0.7:8000/v1",
-        "inference.openai_keys": "vllm=secret",
     }
     for key, setting in all_settings().items():
         text = texts.get(key, str(setting.default))

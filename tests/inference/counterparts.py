@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -60,10 +61,33 @@ def llama_server(*, embeds: bool = False, key: str = "") -> Iterator[str]:
 
 def ollama_program() -> str:
     """A real Ollama; `go install github.com/ollama/ollama@v0.6.5` builds one with cgo alone."""
+    building = os.environ.get("TESTS_OLLAMA_BUILD", "")
+    if building:
+        _wait_for_process(int(building))
     found = shutil.which("ollama", path=f"{os.environ['PATH']}:{Path.home()}/go/bin")
     if found is None:
-        pytest.skip("needs ollama: go install github.com/ollama/ollama@v0.6.5")
+        reason = "needs ollama: go install github.com/ollama/ollama@v0.6.5"
+        pytest.skip(f"{NOT_BUILT}{reason}" if building else reason)
     return found
+
+
+NOT_BUILT = "could not be built here: "
+"""Of a counterpart that CI tried to build: the one reason for which it may skip (conftest)."""
+
+
+def _wait_for_process(pid: int) -> None:
+    """Until it has ended, BUILD_S at the most; at once if it is not there any more."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        select.select([descriptor], [], [], BUILD_S)
+    finally:
+        os.close(descriptor)
+
+
+BUILD_S = 900.0
 
 
 @contextmanager

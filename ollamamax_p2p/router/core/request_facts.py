@@ -89,7 +89,7 @@ def _output_tokens(request: AnyRequest) -> int:
 def _needs(request: AnyRequest) -> tuple[str, ...]:
     """What the model must be able to do. Pictures are left to the engine to refuse."""
     if isinstance(request, EmbedRequest):
-        return ("embedding",)
+        return ()  # any model embeds, as in Ollama; an engine that cannot says so
     needs = ["completion"]
     if isinstance(request, ChatRequest) and request.tools:
         needs.append("tools")

@@ -164,7 +164,7 @@ def test_an_answer_is_no_longer_than_it_may_be(limit, expected):
         (chat("x", format="json"), ("completion",), False),
         (GenerateRequest(model="m", prompt="x", suffix="y"), ("completion", "insert"), True),
         (GenerateRequest(model="m", prompt="x", format={"type": "object"}), ("completion",), False),
-        (EmbedRequest(model="m", inputs=("x",)), ("embedding",), False),
+        (EmbedRequest(model="m", inputs=("x",)), (), False),
     ],
 )
 def test_what_it_needs_and_whether_it_may_go_on_elsewhere(request_, needs, can_move):
