@@ -36,7 +36,8 @@ try:
 except ollama.ResponseError as error:
     missing = [error.status_code, error.error]
 print(json.dumps({"pushed": pushed, "empty": empty, "pulled": pulled,
-    "system": "SYSTEM Hi\\n" in shown.modelfile, "same": shown.modelfile == kept, "missing": missing,
+    "system": "SYSTEM Hi\\n" in shown.modelfile, "same": shown.modelfile == kept,
+    "missing": missing,
     "names": [each.model for each in client.list().models]}))
 """
 
