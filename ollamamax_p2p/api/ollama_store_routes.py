@@ -48,6 +48,7 @@ from ollamamax_p2p.errors import (
     OmxError,
 )
 from ollamamax_p2p.inference import ServableModel
+from ollamamax_p2p.transfer import PullProgress
 
 OLLAMA_VERSION = "0.14.0"
 """Whose API this is: clients ask for it and refuse an older one. The first that has all of it but
@@ -198,6 +199,7 @@ class OllamaStoreRoutes:
 
         async def work(tell: OnProgress) -> None:
             if _is_plain_http(body.named) and not insecure:
+                tell(PullProgress(status="retrieving manifest"))
                 await _insecure(tell)
             try:
                 await self._node.push(body.named, insecure=insecure, on_progress=tell)

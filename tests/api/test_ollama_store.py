@@ -13,10 +13,12 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ollamamax_p2p.api import ollama_store_routes
 from ollamamax_p2p.api.ollama_framing import decoded
 from ollamamax_p2p.api.ollama_store_requests import CopyRequest, CreateRequest, ShowRequest
 from ollamamax_p2p.content import CreationRequest, RamStore, check_creation_request
 from ollamamax_p2p.content.core.digest import digest_of
+from ollamamax_p2p.content.core.manifest import CONFIG_TYPE, Layer, build_manifest
 from ollamamax_p2p.content.core.model_name import parse_model_name
 from ollamamax_p2p.errors import BadInput, ModelNotFound, SwarmChanging
 from ollamamax_p2p.inference import ServableModel
@@ -208,6 +210,39 @@ async def test_a_digest_that_leads_elsewhere_is_none(served, method, digest):
     status, _, _ = await served.raw(method, f"/api/blobs/{digest}", b"x" * (method == "POST"))
     assert status in (307, 400, 404)  # 307: a slash at the end is taken off, as by Ollama
     assert len(await served.node.store.blobs()) == 5  # the model's
+
+
+async def test_an_upload_that_falls_silent_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(ollama_store_routes, "PART_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(ollama_store_routes, "DRAINED_S", 0.01)
+    async with serving(StoreNode(), tmp_path) as served:
+        status, _, _ = await served.raw("POST", f"/api/blobs/{HELLO}", content_length="5")
+    assert status == 408
+
+
+async def test_what_still_comes_of_a_refused_upload_is_taken_within_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(ollama_store_routes, "DRAINED_BYTES_MAX", 1000)
+    async with serving(StoreNode(), tmp_path) as served:
+        host, _, port = served.server.address.rpartition(":")
+        async with await trio.open_tcp_stream(host, int(port)) as stream:
+            head = (
+                "POST /api/blobs/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999\r\n\r\n"
+            )
+            await stream.send_all(head.encode() + bytes(2000))
+            received = b""
+            while part := await stream.receive_some():
+                received += part
+    assert b" 400 " in received
+    assert received.endswith(b'{"error":"invalid digest format"}')
+
+
+async def test_a_remote_model_is_refused_as_where_the_cloud_is_off(served):
+    config = b'{"remote_host": "https://ollama.com", "remote_model": "big"}'
+    layer = Layer(CONFIG_TYPE, await served.node.store.put(config), len(config))
+    await served.node.store.put_manifest(parse_model_name("far"), build_manifest(layer, []))
+    status, _, body = await served.raw("POST", "/api/show", b'{"model": "far"}')
+    problem = "ollama cloud is disabled: remote model details are unavailable"
+    assert (status, json.loads(body)) == (403, {"error": problem})
 
 
 # -- what may be in a body ---------------------------------------------------------------------
