@@ -27,18 +27,33 @@ if TYPE_CHECKING:
     from ollamamax_p2p.config import NodeConfig, load_config
     from ollamamax_p2p.consensus import LogReport
     from ollamamax_p2p.errors import OmxError
+    from ollamamax_p2p.inference import (
+        ChatMessage,
+        ChatRequest,
+        Delta,
+        EmbedRequest,
+        GenerateRequest,
+        Options,
+    )
     from ollamamax_p2p.node import Node, check_ticket, forget_swarm, open_node
     from ollamamax_p2p.observability import Event
     from ollamamax_p2p.offline import check_raft_log, prepare_recovery
+    from ollamamax_p2p.router import Call, NodeLoad
     from ollamamax_p2p.transfer import PullProgress, PullReport, PushReport, SourceShare
 
     __version__: str
 
 _HOMES = {
+    "Call": "router",
+    "ChatMessage": "inference",
+    "ChatRequest": "inference",
     "ClusterMember": "cluster",
     "ClusterStatus": "cluster",
+    "Delta": "inference",
+    "EmbedRequest": "inference",
     "Event": "observability",
     "Finding": "api",
+    "GenerateRequest": "inference",
     "Invitation": "api",
     "JoinReport": "api",
     "LocalClient": "api",
@@ -47,8 +62,10 @@ _HOMES = {
     "ModelInfo": "api",
     "Node": "node",
     "NodeConfig": "config",
+    "NodeLoad": "router",
     "NodeStatus": "api",
     "OmxError": "errors",
+    "Options": "inference",
     "PeerInfo": "api",
     "PullProgress": "transfer",
     "PullReport": "transfer",
@@ -66,10 +83,16 @@ _HOMES = {
 }
 
 __all__ = [
+    "Call",
+    "ChatMessage",
+    "ChatRequest",
     "ClusterMember",
     "ClusterStatus",
+    "Delta",
+    "EmbedRequest",
     "Event",
     "Finding",
+    "GenerateRequest",
     "Invitation",
     "JoinReport",
     "LocalClient",
@@ -78,8 +101,10 @@ __all__ = [
     "ModelInfo",
     "Node",
     "NodeConfig",
+    "NodeLoad",
     "NodeStatus",
     "OmxError",
+    "Options",
     "PeerInfo",
     "PullProgress",
     "PullReport",

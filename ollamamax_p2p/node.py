@@ -15,6 +15,7 @@ import random
 import secrets
 import shutil
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
     Awaitable,
@@ -109,7 +110,9 @@ from ollamamax_p2p.identity import (
     remove_secret,
 )
 from ollamamax_p2p.inference import Backend, open_backends
+from ollamamax_p2p.inference.core.requests import ChatMessage, Delta, Options
 from ollamamax_p2p.observability import EventFeed
+from ollamamax_p2p.router import Call
 from ollamamax_p2p.session import Engines, Session, open_session
 from ollamamax_p2p.swarm_inference import SwarmInference
 from ollamamax_p2p.transfer import Origin, PullProgress, PullReport, PushReport
@@ -147,19 +150,25 @@ def installed_version() -> str:
 
 @asynccontextmanager
 async def open_node(
-    config: NodeConfig | None = None, *, serve_api: bool = False, brief: bool = False
+    config: NodeConfig | None = None,
+    *,
+    serve_api: bool = False,
+    brief: bool = False,
+    backends: Sequence[Backend] = (),
 ) -> AsyncIterator["Node"]:
     """Run a node for as long as the block is open.
 
     config: the defaults if None; `load_config` reads file and environment.
     serve_api: also listen on `config.api.listen`, as `omx up` does.
-    brief: for one command: the cluster is not told of this node's present name and addresses.
+    brief: for one command: the cluster is not told of this node's present name and addresses, and
+    no engine is started.
+    backends: engines of your own, beside those that the config names.
     Raises LocalTrouble (DataDirInUse, PortInUse, KeyExposed, StoreFull…), BadConfig. What the block
     itself raises comes out as it is; only several errors at once come as a group.
     """
     only: BaseException | None = None
     try:
-        async with _opened_node(config or NodeConfig(), serve_api, brief) as node:
+        async with _opened_node(config or NodeConfig(), serve_api, brief, backends) as node:
             yield node
     except BaseExceptionGroup as group:
         only = _only_one(group)
@@ -179,7 +188,9 @@ def _only_one(error: BaseException) -> BaseException | None:
 
 
 @asynccontextmanager
-async def _opened_node(config: NodeConfig, serve_api: bool, brief: bool) -> AsyncIterator["Node"]:
+async def _opened_node(
+    config: NodeConfig, serve_api: bool, brief: bool, own_backends: Sequence[Backend]
+) -> AsyncIterator["Node"]:
     with data_dir_of_our_own(config.data_dir):
         await trio.to_thread.run_sync(_check_models_folder, config.content.models)
         key = await trio.to_thread.run_sync(load_or_create_key, config.data_dir / "node-key")
@@ -193,7 +204,8 @@ async def _opened_node(config: NodeConfig, serve_api: bool, brief: bool) -> Asyn
             _open_backends(config, store, brief=brief) as backends,
             trio.open_nursery() as nursery,
         ):
-            node = Node(config, key, membership, store, origin, backends, feed, brief=brief)
+            engines = (*own_backends, *backends)
+            node = Node(config, key, membership, store, origin, engines, feed, brief=brief)
             node._nursery = nursery
             await nursery.start(node._run_sessions)
             async with _maybe_api(node, config, serve_api):
@@ -252,6 +264,7 @@ class Node:
         self.peer_id = key.peer_id
         self.events = feed
         self.api_address = ""
+        self.ollama_address = ""
         self.inference = SwarmInference(lambda: self._now.router)
         """All engines of the swarm, to be asked."""
         self._backends = backends
@@ -298,6 +311,7 @@ class Node:
             open_swarm=session.membership.is_open,
             addresses=tuple(map(str, session.host.addresses)),
             api_address=self.api_address,
+            ollama_address=self.ollama_address,
             data_dir=str(self.config.data_dir),
             uptime_s=trio.current_time() - self._opened_at,
             now=_iso_now(),
@@ -502,6 +516,26 @@ class Node:
         DigestMismatch, StoreFull, StoreReadOnly.
         """
         await self._store.receive(parse_digest(digest), parts, size=size)
+
+    # -- asking --------------------------------------------------------------------------------
+
+    def chat(
+        self,
+        model: str,
+        messages: Sequence[ChatMessage] | str,
+        *,
+        options: Options | None = None,
+        call: Call | None = None,
+    ) -> AsyncGenerator[Delta, None]:
+        """The deltas of an answer, from whichever node of the swarm is best placed to give it.
+
+        messages: a conversation, or one question. `inference` has the rest: other kinds of request,
+        who answers, what is in memory where. Close it (`contextlib.aclosing`) if you leave before
+        its end: only that stops the engine.
+        Raises BadName, ModelNotFound, NotSupported, BadRequest, QueueFull, NoCandidate,
+        BackendUnavailable, BackendFailed, CannotResume.
+        """
+        return self.inference.chat(model, messages, options=options, call=call)
 
     async def _made_here(self, name: ModelName) -> ModelInfo:
         """Tell the swarm of a model that was made on this node, and have agreed that this is what
@@ -950,6 +984,7 @@ async def _maybe_api(node: Node, config: NodeConfig, serve_api: bool) -> AsyncIt
         inference=node.inference,
     ) as server:
         node.api_address = server.address
+        node.ollama_address = server.ollama_address
         yield
 
 

@@ -4,7 +4,7 @@ A node outlives its sessions, and with them its routers: every request goes to t
 moment, and one that is under way when the session ends is told so.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -105,14 +105,14 @@ class SwarmInference:
 
     # -- what a library's user wants
 
-    async def chat(
+    def chat(
         self,
         model: str,
         messages: Sequence[ChatMessage] | str,
         *,
         options: Options | None = None,
         call: Call | None = None,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """The deltas of an answer to a conversation, or to one question. Raises as `answer`.
 
         Close it (`contextlib.aclosing`) if you leave before its end: only that stops the engine.
@@ -123,24 +123,22 @@ class SwarmInference:
             else tuple(messages)
         )
         request = ChatRequest(model=model, messages=said, options=options or Options())
-        async for delta in self._deltas(request, call):
-            yield delta
+        return self._deltas(request, call or Call())
 
-    async def generate(
+    def generate(
         self,
         model: str,
         prompt: str,
         *,
         options: Options | None = None,
         call: Call | None = None,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """The same for a prompt that is to be continued."""
         request = GenerateRequest(model=model, prompt=prompt, options=options or Options())
-        async for delta in self._deltas(request, call):
-            yield delta
+        return self._deltas(request, call or Call())
 
-    async def _deltas(self, request: TextRequest, call: Call | None) -> AsyncIterator[Delta]:
-        async with self.answer(request, call or Call()) as answer:
+    async def _deltas(self, request: TextRequest, call: Call) -> AsyncGenerator[Delta, None]:
+        async with self.answer(request, call) as answer:
             async for part in answer:
                 if isinstance(part, Delta):
                     yield part

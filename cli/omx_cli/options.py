@@ -37,6 +37,16 @@ Voter = Annotated[
     str | None,
     typer.Option(metavar="auto|yes|no", help="Whether it may vote (auto: unless on a battery)."),
 ]
+OllamaPort = Annotated[
+    int | None,
+    typer.Option(
+        "--ollama-port",
+        metavar="PORT",
+        min=1,
+        max=65_535,
+        help="Answer as Ollama here too, if it is free (Ollama's own is 11434).",
+    ),
+]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", show_default=False)]
 
 
@@ -52,6 +62,7 @@ def node_flags(
     open_swarm: bool = False,
     region: str | None = None,
     voter: str | None = None,
+    ollama_port: int | None = None,
 ) -> dict[str, Any]:
     """The flags that were given, by the key of the setting they set."""
     given = {
@@ -65,5 +76,6 @@ def node_flags(
         "open_swarm": True if open_swarm else None,
         "cluster.region": region,
         "cluster.voter": voter,
+        "api.ollama_listen": f"127.0.0.1:{ollama_port}" if ollama_port else None,
     }
     return {key: value for key, value in given.items() if value is not None}

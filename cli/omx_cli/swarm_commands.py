@@ -37,6 +37,7 @@ def up(
     no_mdns: options.NoMdns = False,
     region: options.Region = None,
     voter: options.Voter = None,
+    ollama_port: options.OllamaPort = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
@@ -54,6 +55,7 @@ def up(
         open_swarm=open_swarm,
         region=region,
         voter=voter,
+        ollama_port=ollama_port,
     )
     _run_node(load(flags, config), (), as_json)
 
@@ -70,6 +72,7 @@ def join(
     open_swarm: options.Open = False,
     region: options.Region = None,
     voter: options.Voter = None,
+    ollama_port: options.OllamaPort = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
@@ -87,6 +90,7 @@ def join(
         open_swarm=open_swarm,
         region=region,
         voter=voter,
+        ollama_port=ollama_port,
     )
     settings = load(flags, config)
 
@@ -177,6 +181,7 @@ def _status_rows(status: "NodeStatus") -> list[tuple[str, str]]:
         ("peers", str(status.peer_count)),
         ("models", f"{store.path} ({room}{'' if store.writable else ', read-only'})"),
         ("API", f"http://{status.api_address}" if status.api_address else "none"),
+        *([("Ollama", f"http://{status.ollama_address}")] if status.ollama_address else []),
         ("mDNS", status.mdns),
         *_cluster_row(status.cluster),
         *(("address", address) for address in status.addresses),

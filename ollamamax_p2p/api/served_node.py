@@ -46,6 +46,8 @@ class NodeStatus:
     """Multiaddrs with /p2p/<peer id> under which it can be dialled."""
     api_address: str
     """host:port of the HTTP API; "" if it has none."""
+    ollama_address: str = ""
+    """host:port where Ollama's API is served besides; "" if nowhere."""
     data_dir: str
     uptime_s: float
     now: str

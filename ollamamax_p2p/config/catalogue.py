@@ -47,6 +47,7 @@ FLAGS: Mapping[str, str] = {
     "discovery.mdns": "--no-mdns",
     "cluster.region": "--region",
     "cluster.voter": "--voter",
+    "api.ollama_listen": "--ollama-port",
 }
 """The flags that `omx` has for settings."""
 

@@ -9,12 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 from ollamamax_p2p.inference.backend import Backend
 from ollamamax_p2p.inference.core.models import LoadedModel, ServableModel
+from ollamamax_p2p.inference.core.requests import (
+    ChatMessage,
+    ChatRequest,
+    Delta,
+    EmbedRequest,
+    GenerateRequest,
+    Options,
+)
 from ollamamax_p2p.inference.settings import InferenceSettings
 
 if TYPE_CHECKING:
     from ollamamax_p2p.inference.backends import open_backends
 
-__all__ = ["Backend", "InferenceSettings", "LoadedModel", "ServableModel", "open_backends"]
+__all__ = [
+    "Backend",
+    "ChatMessage",
+    "ChatRequest",
+    "Delta",
+    "EmbedRequest",
+    "GenerateRequest",
+    "InferenceSettings",
+    "LoadedModel",
+    "Options",
+    "ServableModel",
+    "open_backends",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Whole nodes over real sockets on loopback, in this process."""
 
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,19 @@ from typing import Any
 import trio
 
 from ollamamax_p2p import Event, Node, load_config, open_node
+from ollamamax_p2p.inference import Backend
 
 MiB = 1024 * 1024
 BUDGET_S = 30
 """Real seconds, for a busy machine."""
 
 
-def node_at(folder: Path, **flags: Any) -> AbstractAsyncContextManager[Node]:
-    """A node with its data and its store in a folder of its own, on a free port of loopback."""
+def node_at(
+    folder: Path, *, backends: Sequence[Backend] = (), **flags: Any
+) -> AbstractAsyncContextManager[Node]:
+    """A node with its data and its store in a folder of its own, on a free port of loopback; it has
+    no engines but those that are given.
+    """
     return open_node(
         load_config(
             environment={},
@@ -27,9 +32,12 @@ def node_at(folder: Path, **flags: Any) -> AbstractAsyncContextManager[Node]:
                 "host.listen": ["/ip4/127.0.0.1/tcp/0"],
                 "discovery.mdns": False,
                 "origin.enabled": False,
+                "inference.embedded": False,
+                "inference.ollama_url": "",
                 **flags,
             },
-        )
+        ),
+        backends=backends,
     )
 
 
