@@ -17,7 +17,7 @@ test: $(VENV)/.installed-dev
 
 # Every branch of what decides, the core/ folders, is reached by an example: property tests do not count, because what they
 # reach depends on luck. A minute or so.
-CORE_TESTS := $(addprefix tests/,cluster consensus content discovery identity inference router transfer)
+CORE_TESTS := $(addprefix tests/,cluster consensus content discovery identity inference router/core transfer)
 CORE_TESTS_NOT := $(addprefix --ignore=tests/,consensus/test_log_damage.py consensus/test_file_log.py \
   consensus/test_snapshot_streams.py consensus/test_stream_transport.py discovery/test_finder.py transfer/test_serve.py \
   transfer/test_liars.py)

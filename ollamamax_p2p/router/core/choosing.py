@@ -175,7 +175,10 @@ class _Attempt:
     call: _Call
     candidate: Candidate
     began_at: float
-    foretold_s: float
+    soonest_s: float
+    """Its first part is expected no sooner, if all is warm that may be …"""
+    latest_s: float
+    """… and no later, if nothing is."""
     warm_tokens: int
     resumes: bool
     first_at: float | None = None
@@ -332,7 +335,9 @@ class Chooser:
         key = found.candidate.key
         self._breaker(key).succeeded(now=now)
         took_s = now - found.began_at
-        self._measured.first_part(key, took_s=took_s, foretold_s=found.foretold_s, now=now)
+        self._measured.first_part(
+            key, took_s=took_s, soonest_s=found.soonest_s, latest_s=found.latest_s, now=now
+        )
 
     def ended(self, attempt: int, *, usage: Usage | None = None, now: float) -> None:
         """It came to its end. usage: as the engine told it."""
@@ -436,7 +441,7 @@ class Chooser:
     ) -> Choice:
         request = call.request
         warm = self._state.affinity.warm_tokens(request, now=now).get(candidate.key, 0)
-        foretold_s = expected_first_s(candidate, request, warm)
+        latest_s = expected_first_s(candidate, request)
         self._state.sent(request, candidate, now=now)
         self._breaker(candidate.key).began(now=now)
         self._attempt += 1
@@ -445,7 +450,8 @@ class Chooser:
             call=call,
             candidate=candidate,
             began_at=begins_at,
-            foretold_s=foretold_s,
+            soonest_s=expected_first_s(candidate, request, warm),
+            latest_s=latest_s,
             warm_tokens=warm,
             resumes=call.answered_by is not None,
         )
@@ -467,12 +473,12 @@ class Chooser:
             candidate=candidate,
             after_s=after_s,
             resumes=call.answered_by is not None,
-            first_part_within_s=max(timeout_s, 2 * foretold_s),
-            hedge_after_s=None if is_hedge else self._hedge_after_s(call, candidate, foretold_s),
+            first_part_within_s=max(timeout_s, 2 * latest_s),
+            hedge_after_s=None if is_hedge else self._hedge_after_s(call, candidate, latest_s),
             queued_s=call.began_at - call.came_at,
         )
 
-    def _hedge_after_s(self, call: _Call, candidate: Candidate, foretold_s: float) -> float | None:
+    def _hedge_after_s(self, call: _Call, candidate: Candidate, latest_s: float) -> float | None:
         if not self._settings.hedge or not candidate.loaded or call.answered_by is not None:
             return None
         late_s = self._measured.ttft_quantile_s(
@@ -481,7 +487,7 @@ class Chooser:
         if late_s is None:
             return None
         # A long prompt is late by itself, and as late elsewhere.
-        return max(late_s, 2 * foretold_s, self._settings.hedge_after_min_s)
+        return max(late_s, 2 * latest_s, self._settings.hedge_after_min_s)
 
     def _over(self, attempt: int, now: float) -> _Attempt:
         """It runs no more."""

@@ -100,12 +100,16 @@ class Measurements:
         key: CandidateKey,
         *,
         took_s: float,
-        foretold_s: float,
+        soonest_s: float,
+        latest_s: float,
         now: float,
     ) -> None:
-        """A first part came; foretold_s: what was expected."""
+        """A first part came. soonest_s, latest_s: when it was expected, if what may be warm is, and
+        if nothing is: a cache that was cold after all is no slow engine.
+        """
         speed = self._touch(key)
         speed.ttft_s.add(took_s)
+        foretold_s = min(max(took_s, soonest_s), latest_s)
         ratio = (took_s + SLACK_S) / (foretold_s + SLACK_S)
         speed.slowdown.add(min(max(ratio, 1 / SLOWDOWN_MAX), SLOWDOWN_MAX))
         speed.slowdown_at = now

@@ -110,10 +110,10 @@ class Knows:
 def test_a_round_of_a_thousand_nodes_costs_each_a_few_bounded_messages(rng):
     """And a change is known to all of them within ten rounds."""
     swarm = Swarm(1_000, links=8, rng=rng)
-    busy = swarm.peers[:12]
+    busy = swarm.peers[:5]
     for peer in busy:
         swarm.tell(peer)
-    for number in range(6):
+    for number in range(4):
         cost = swarm.round()
         assert cost["LoadNews"] <= 1_000 * SETTINGS.gossip_fanout
         swarm.tell(busy[number], queued=number)

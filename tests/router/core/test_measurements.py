@@ -62,18 +62,27 @@ def test_figures_that_cannot_be_are_left_out():
 
 def test_who_is_late_is_known_to_be_and_gets_another_chance_with_time():
     measured = Measurements()
-    measured.first_part(KEY, took_s=4.0, foretold_s=0.1, now=10.0)
+    measured.first_part(KEY, took_s=4.0, soonest_s=0.1, latest_s=0.1, now=10.0)
     speed = measured.of(KEY)
     assert speed.slowdown_now(now=10.0) > 10
     assert speed.slowdown_now(now=400.0) == pytest.approx(1.0, abs=0.01)
     assert Speed().slowdown_now(now=0.0) == 1.0
 
 
+def test_a_prompt_that_was_not_warm_after_all_makes_nobody_slow():
+    measured = Measurements()
+    for took_s, slowdown in ((2.0, 1.0), (0.5, 1.0), (4.0, 1.0)):
+        measured.first_part(KEY, took_s=took_s, soonest_s=0.5, latest_s=4.0, now=0.0)
+        assert measured.of(KEY).slowdown.value == slowdown
+    measured.first_part(KEY, took_s=0.1, soonest_s=0.5, latest_s=4.0, now=0.0)
+    assert measured.of(KEY).slowdown.value < 1.0
+
+
 def test_a_quantile_needs_enough_samples():
     measured = Measurements()
     assert measured.ttft_quantile_s("m", 0.95, samples_min=1) is None
     for number in range(20):
-        measured.first_part(KEY, took_s=float(number), foretold_s=1.0, now=0.0)
+        measured.first_part(KEY, took_s=float(number), soonest_s=1.0, latest_s=1.0, now=0.0)
     assert measured.ttft_quantile_s("m", 0.95, samples_min=21) is None
     assert measured.ttft_quantile_s("m", 0.95, samples_min=20) == 19.0
     assert measured.ttft_quantile_s("m", 1.0, samples_min=20) == 19.0
@@ -91,9 +100,15 @@ def test_who_was_used_the_longest_ago_is_forgotten_first(monkeypatch):
     monkeypatch.setattr(measurements, "CANDIDATES_MAX", 2)
     measured = Measurements()
     for name in ("a", "b"):
-        measured.first_part(CandidateKey("p", "x", name), took_s=1.0, foretold_s=1.0, now=0.0)
-    measured.first_part(CandidateKey("p", "x", "a"), took_s=1.0, foretold_s=1.0, now=0.0)
-    measured.first_part(CandidateKey("p", "x", "c"), took_s=1.0, foretold_s=1.0, now=0.0)
+        measured.first_part(
+            CandidateKey("p", "x", name), took_s=1.0, soonest_s=1.0, latest_s=1.0, now=0.0
+        )
+    measured.first_part(
+        CandidateKey("p", "x", "a"), took_s=1.0, soonest_s=1.0, latest_s=1.0, now=0.0
+    )
+    measured.first_part(
+        CandidateKey("p", "x", "c"), took_s=1.0, soonest_s=1.0, latest_s=1.0, now=0.0
+    )
     assert measured.of(CandidateKey("p", "x", "b")) is None
     assert measured.of(CandidateKey("p", "x", "a")) is not None
     assert measured.ttft_quantile_s("b", 0.5, samples_min=1) is None
