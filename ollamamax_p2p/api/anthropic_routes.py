@@ -124,7 +124,7 @@ def parse_messages(raw: bytes) -> tuple[MessagesBody, ChatRequest]:
         options=parse_options(options),
         think=_think(body),
     )
-    return body, sized(request, raw)
+    return body, sized(request)
 
 
 def _think(body: MessagesBody) -> bool | str | None:

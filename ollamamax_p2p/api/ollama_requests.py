@@ -156,7 +156,7 @@ def parse_generate(raw: bytes) -> tuple[GenerateBody, GenerateRequest]:
         context=body.context or (),
         **_of_text(body),
     )
-    return body, sized(request, raw)
+    return body, sized(request)
 
 
 def parse_chat(raw: bytes) -> tuple[ChatBody, ChatRequest]:
@@ -168,46 +168,41 @@ def parse_chat(raw: bytes) -> tuple[ChatBody, ChatRequest]:
         tools=body.tools or (),
         **_of_text(body),
     )
-    return body, sized(request, raw)
+    return body, sized(request)
 
 
 def parse_embed(raw: bytes) -> EmbedRequest:
     """`inputs` is empty where nothing is to be embedded. Raises BadInput or StatusError."""
     body = decoded(raw, EmbedBody, "EmbedRequest")
-    return sized(
-        EmbedRequest(
-            model=named_model(body.model, model_is_required()),
-            inputs=embed_inputs(body.input),
-            truncate=body.truncate is not False,
-            dimensions=max(0, body.dimensions or 0),
-            **_of_any(body),
-        ),
-        raw,
+    request = EmbedRequest(
+        model=named_model(body.model, model_is_required()),
+        inputs=embed_inputs(body.input),
+        truncate=body.truncate is not False,
+        dimensions=max(0, body.dimensions or 0),
+        **_of_any(body),
     )
+    return sized(request)
 
 
 def parse_embeddings(raw: bytes) -> EmbedRequest:
     """`inputs` is empty where nothing is to be embedded. Raises BadInput or StatusError."""
     body = decoded(raw, EmbeddingsBody, "EmbeddingRequest")
-    return sized(
-        EmbedRequest(
-            model=named_model(body.model, model_is_required()),
-            inputs=(body.prompt,) if body.prompt else (),
-            **_of_any(body),
-        ),
-        raw,
+    request = EmbedRequest(
+        model=named_model(body.model, model_is_required()),
+        inputs=(body.prompt,) if body.prompt else (),
+        **_of_any(body),
     )
+    return sized(request)
 
 
-def sized(request: R, raw: bytes) -> R:
-    """The request, if it may be sent to another node. Raises BadInput.
-
-    Measured only where the body leaves a doubt: a number takes up to three times as much there.
-    """
-    if len(raw) > REQUEST_BYTES_MAX // 4:
+def sized(request: R) -> R:
+    """The request, if it can be sent to another node. Raises BadInput."""
+    try:
         length = len(msgspec.msgpack.encode(request))
-        if length > REQUEST_BYTES_MAX - 1024:  # what is around it
-            raise BadInput(f"a request of {length:,} bytes, the limit is {REQUEST_BYTES_MAX:,}")
+    except (OverflowError, RecursionError) as error:
+        raise BadInput(f"json: cannot unmarshal: {error}") from None
+    if length > REQUEST_BYTES_MAX - 1024:  # what is around it
+        raise BadInput(f"a request of {length:,} bytes, the limit is {REQUEST_BYTES_MAX:,}")
     return request
 
 

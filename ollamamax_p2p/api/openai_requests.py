@@ -167,7 +167,7 @@ def parse_chat_completion(raw: bytes) -> tuple[ChatCompletionBody, ChatRequest]:
         logprobs=bool(body.logprobs),
         top_logprobs=_top_logprobs(body.top_logprobs or 0),
     )
-    return body, sized(request, raw)
+    return body, sized(request)
 
 
 def parse_completion(raw: bytes) -> tuple[CompletionBody, GenerateRequest]:
@@ -181,7 +181,7 @@ def parse_completion(raw: bytes) -> tuple[CompletionBody, GenerateRequest]:
         logprobs=body.logprobs is not None,
         top_logprobs=_top_logprobs(body.logprobs or 0),
     )
-    return body, sized(request, raw)
+    return body, sized(request)
 
 
 def parse_embedding(raw: bytes) -> tuple[EmbeddingBody, EmbedRequest]:
@@ -200,7 +200,7 @@ def parse_embedding(raw: bytes) -> tuple[EmbeddingBody, EmbedRequest]:
         inputs=("",) if body.input == "" else embed_inputs(body.input),
         dimensions=max(0, body.dimensions or 0),
     )
-    return body, sized(request, raw)
+    return body, sized(request)
 
 
 def _options(body: _SampledBody, limit: int | None) -> Any:

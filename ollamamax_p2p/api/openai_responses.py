@@ -103,7 +103,7 @@ def parse_responses(raw: bytes) -> tuple[ResponsesBody, ChatRequest]:
         think=thinking(effort) if effort else None,
         format=_format(format),
     )
-    return body, sized(request, raw)
+    return body, sized(request)
 
 
 def _format(given: TextFormat | None) -> Any:

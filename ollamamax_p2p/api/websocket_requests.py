@@ -6,7 +6,7 @@ may send only as many deltas as it has credits: a client that takes no more of o
 answer's engine, and no other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -21,6 +21,7 @@ from ollamamax_p2p.api.ollama_framing import (
     CLIENT_CLOSED,
     REQUEST_CANCELED,
     THREAD_BYTES,
+    StatusError,
     decoded,
     status_and_text,
 )
@@ -74,6 +75,8 @@ class Job:
     def __init__(self, head: FrameHead) -> None:
         self.id = head.id
         self.scope = trio.CancelScope()
+        self.worded: Callable[[Exception], Exception] = lambda error: error
+        """An error in the words of what was asked."""
         self._credits = min(CREDITS if head.credits is None else head.credits, CREDITS_MAX)
         self._more = trio.Event()
 
@@ -132,7 +135,7 @@ class RequestSocket:
             await self._error(head.id, BadInput(f"a frame of type {shown}, which does not exist"))
         elif known is not None:
             await self._error("", BadInput(f"id {head.id!r} is in use on this connection"))
-        elif len(self._jobs) >= REQUESTS_MAX:
+        elif len(nursery.child_tasks) >= REQUESTS_MAX:  # those too that only have to be told
             await self._error(head.id, QueueFull(REQUESTS_MAX, 1.0))
         else:
             job = self._jobs[head.id] = Job(head)
@@ -141,36 +144,31 @@ class RequestSocket:
     async def _answer(self, job: Job, head: FrameHead, raw: bytes) -> None:
         with job.scope:
             try:
-                await _SERVERS[head.type](self, job, head, raw)
+                last = await _SERVERS[head.type](self, job, head, raw)
             except WebSocketDisconnect:
                 return
             except Exception as error:  # noqa: BLE001 - the border
-                del self._jobs[job.id]
-                await self._error(job.id, error)
-                return
-            del self._jobs[job.id]
+                last = _error_frame(job.id, job.worded(error))
         if job.scope.cancelled_caught:
-            self._jobs.pop(job.id, None)
-            await self._send(
-                {
-                    "id": job.id,
-                    "type": "error",
-                    "status": CLIENT_CLOSED,
-                    "error": REQUEST_CANCELED,
-                }
-            )
+            last = _error_frame(job.id, StatusError(CLIENT_CLOSED, REQUEST_CANCELED))
+        del self._jobs[job.id]  # before it is told: whoever hears it may use the id again
+        await self._send_bytes(last)
 
     # -- what can be asked ---------------------------------------------------------------------
 
-    async def _generate(self, job: Job, head: FrameHead, raw: bytes) -> None:
+    # Each sends what comes before the end and gives the frame that ends it.
+
+    async def _generate(self, job: Job, head: FrameHead, raw: bytes) -> bytes:
         body, wanted = await _in_thread_if_long(parse_generate, raw)
         empty = not wanted.prompt
-        await self._text(job, head, wanted, GenerateShape(wanted), empty=empty, unload=body.unloads)
+        shape = GenerateShape(wanted)
+        return await self._text(job, head, wanted, shape, empty=empty, unload=body.unloads)
 
-    async def _chat(self, job: Job, head: FrameHead, raw: bytes) -> None:
+    async def _chat(self, job: Job, head: FrameHead, raw: bytes) -> bytes:
         body, wanted = await _in_thread_if_long(parse_chat, raw)
         empty = not wanted.messages
-        await self._text(job, head, wanted, ChatShape(wanted), empty=empty, unload=body.unloads)
+        shape = ChatShape(wanted)
+        return await self._text(job, head, wanted, shape, empty=empty, unload=body.unloads)
 
     async def _text(
         self,
@@ -181,20 +179,18 @@ class RequestSocket:
         *,
         empty: bool,
         unload: bool,
-    ) -> None:
+    ) -> bytes:
         asking = Asking(_headers(head))
-        try:
-            if empty:
-                done, _ = await load_or_unload(self._inference, wanted, asking, unload=unload)
-                await self._line(job, "done", go_json.encode(shape.last(done)))
-                return
-            await self._stream(job, wanted, asking, shape)
-        except Exception as error:
-            raise shape.worded(error) from error
+        job.worded = shape.worded
+        if empty:
+            done, _ = await load_or_unload(self._inference, wanted, asking, unload=unload)
+            return _line(job, "done", go_json.encode(shape.last(done)))
+        return await self._stream(job, wanted, asking, shape)
 
     async def _stream(
         self, job: Job, wanted: TextRequest, asking: Asking, shape: OllamaShape
-    ) -> None:
+    ) -> bytes:
+        last = b""
         async with trio.open_nursery() as nursery:
             places = _Places()
             asking.on_queue = places.note
@@ -214,34 +210,31 @@ class RequestSocket:
                 async for part in answer:
                     if isinstance(part, Delta):
                         await job.spend_credit()
-                        await self._line(job, "delta", shape.delta(part))
+                        await self._send_bytes(_line(job, "delta", shape.delta(part)))
                     else:
-                        last = shape.finish(part, len(answer.servers) - 1)
-                        await self._line(job, "done", last)
+                        moved = len(answer.servers) - 1
+                        last = _line(job, "done", shape.finish(part, moved))
             nursery.cancel_scope.cancel()
+        return last
 
     async def _tell_places(self, job: Job, places: "_Places") -> None:
         async for place in places:
             frame = {"id": job.id, "type": "queue", "position": place.position}
             await self._send(frame | {"eta_s": place.eta_s})
 
-    async def _embed(self, job: Job, head: FrameHead, raw: bytes) -> None:
+    async def _embed(self, job: Job, head: FrameHead, raw: bytes) -> bytes:
         asking = Asking(_headers(head))
         wanted = await _in_thread_if_long(parse_embed, raw)
-        answer = EmbedAnswer(model=wanted.model, embeddings=())
-        try:
-            if wanted.inputs:
-                found, _ = await self._inference.embed(wanted, asking.call)
-                answer = await embed_answer(wanted, found)
-            else:
-                await self._inference.load(
-                    wanted.model, asking.call, keep_alive_s=wanted.keep_alive_s
-                )
-        except Exception as error:
-            raise worded_for_embed(error) from error
-        await self._line(job, "done", go_json.encode(answer))
+        job.worded = worded_for_embed
+        if wanted.inputs:
+            found, _ = await self._inference.embed(wanted, asking.call)
+            answer = await embed_answer(wanted, found)
+        else:
+            await self._inference.load(wanted.model, asking.call, keep_alive_s=wanted.keep_alive_s)
+            answer = EmbedAnswer(model=wanted.model, embeddings=())
+        return _line(job, "done", go_json.encode(answer))
 
-    async def _pull(self, job: Job, head: FrameHead, raw: bytes) -> None:
+    async def _pull(self, job: Job, head: FrameHead, raw: bytes) -> bytes:
         body = decoded(raw, PullFrame)
         wanted = PullBody(model=body.model, from_origin=body.from_origin, insecure=body.insecure)
         async with self._pulls.watch(wanted) as watcher:
@@ -249,42 +242,46 @@ class RequestSocket:
                 states, outcome = await watcher.next()
                 if states:  # only the newest: a client that lags wants to know where it stands
                     await job.spend_credit()
-                    await self._line(job, "delta", go_json.encode(states[-1]))
+                    await self._send_bytes(_line(job, "delta", go_json.encode(states[-1])))
                 if isinstance(outcome, BaseException):
                     raise outcome
                 if outcome is not None:
-                    report = PullReportLine(report=outcome)
-                    await self._line(job, "done", go_json.encode(report))
-                    return
+                    return _line(job, "done", go_json.encode(PullReportLine(report=outcome)))
                 await trio.sleep(LINE_INTERVAL_S)
 
-    async def _events(self, job: Job, head: FrameHead, raw: bytes) -> None:
+    async def _events(self, job: Job, head: FrameHead, raw: bytes) -> bytes:
         async with self._node.events.subscribe() as events:
             await self._send({"id": job.id, "type": "start"})
             async for event in events:
                 await job.spend_credit()
-                await self._line(job, "delta", go_json.encode(event))
+                await self._send_bytes(_line(job, "delta", go_json.encode(event)))
+        raise AssertionError("a feed has no end")
 
     # -- frames --------------------------------------------------------------------------------
 
     async def _error(self, frame_id: str, error: Exception) -> None:
-        status, text = status_and_text(error)
-        frame: dict[str, Any] = {"id": frame_id, "type": "error", "status": status, "error": text}
-        named = first_named(error)
-        if isinstance(named, QueueFull):
-            frame["retry_after_s"] = named.retry_after_s
-        await self._send(frame)
+        await self._send_bytes(_error_frame(frame_id, error))
 
     async def _send(self, frame: Mapping[str, Any]) -> None:
         await self._send_bytes(go_json.encode(frame))
 
-    async def _line(self, job: Job, kind: str, line: bytes) -> None:
-        head = b'{"id":' + go_json.encode(job.id, floats=False) + f',"type":"{kind}"'.encode()
-        await self._send_bytes(head + b',"line":' + line.rstrip(b"\n") + b"}")
-
     async def _send_bytes(self, data: bytes) -> None:
         async with self._turn:
             await self._websocket.send_text(data.decode())
+
+
+def _line(job: Job, kind: str, line: bytes) -> bytes:
+    head = b'{"id":' + go_json.encode(job.id, floats=False) + f',"type":"{kind}"'.encode()
+    return head + b',"line":' + line.rstrip(b"\n") + b"}"
+
+
+def _error_frame(frame_id: str, error: Exception) -> bytes:
+    status, text = status_and_text(error)
+    frame: dict[str, Any] = {"id": frame_id, "type": "error", "status": status, "error": text}
+    named = first_named(error)
+    if isinstance(named, QueueFull):
+        frame["retry_after_s"] = named.retry_after_s
+    return go_json.encode(frame)
 
 
 class PullFrame(PullBody, frozen=True, forbid_unknown_fields=False):

@@ -44,6 +44,39 @@ class Reply:
         return found
 
 
+class AsgiSocket:
+    """The client's side of a WebSocket."""
+
+    def __init__(self) -> None:
+        self.to_app, self._app_reads = trio.open_memory_channel(1_000)
+        self.to_app.send_nowait({"type": "websocket.connect"})
+        self._app_writes, self._from_app = trio.open_memory_channel(0)
+
+    async def receive(self) -> Any:
+        return await self._app_reads.receive()
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "websocket.send":
+            await self._app_writes.send(json.loads(message["text"]))
+
+    async def say(self, *frames: Any) -> None:
+        for frame in frames:
+            text = frame if isinstance(frame, str) else json.dumps(frame)
+            await self.to_app.send({"type": "websocket.receive", "text": text})
+
+    async def next(self) -> Any:
+        """The next frame; a test waits for it a minute."""
+        with trio.fail_after(60):
+            return await self._from_app.receive()
+
+    async def until_done(self, frame_id: str) -> list[Any]:
+        """All frames up to the one that ends this request."""
+        found = [await self.next()]
+        while found[-1]["id"] != frame_id or found[-1]["type"] not in ("done", "error"):
+            found.append(await self.next())
+        return found
+
+
 @dataclass
 class AsgiClient:
     app: Any
@@ -102,6 +135,31 @@ class AsgiClient:
         }
         await self.app(scope, receive, send)
         return reply
+
+    @asynccontextmanager
+    async def websocket(self, path: str = "/api/ws") -> AsyncIterator["AsgiSocket"]:
+        """A WebSocket; leaving the block is the client's going."""
+        socket = AsgiSocket()
+        scope = {
+            "type": "websocket",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "scheme": "ws",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"host", b"localhost")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+            "subprotocols": [],
+        }
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.app, scope, socket.receive, socket.send)
+            try:
+                yield socket
+            finally:
+                socket.to_app.send_nowait({"type": "websocket.disconnect", "code": 1000})
 
     async def post(self, path: str, body: Any = None, **more: Any) -> Reply:
         return await self.ask("POST", path, body, **more)

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
+import trio
+
 from ollamamax_p2p.api.served_inference import RunningModel, SwarmModel
 from ollamamax_p2p.errors import BackendUnavailable, CannotResume, OmxError
 from ollamamax_p2p.inference import ServableModel
@@ -80,6 +82,8 @@ class RamInference:
     """Told before an answer begins."""
     queued_s: float = 0.0
     calls: list[Call] = field(default_factory=list)
+    left: trio.Event = field(default_factory=trio.Event)
+    """Set when an answer is over, or was left."""
     seen: list[TextRequest | EmbedRequest] = field(default_factory=list)
     loads: list[tuple[str, float | None, Options | None]] = field(default_factory=list)
 
@@ -91,11 +95,16 @@ class RamInference:
             assert call.on_queue is not None
             call.on_queue(place)
         async with AsyncExitStack() as stack:
+            stack.callback(self._note_left)
             servers: list[Server] = []
             parts = self._said(servers) if self.parts else self._asked(request, servers, stack)
             stack.push_async_callback(parts.aclose)
             first = await anext(parts)
             yield RamAnswer(_chained(first, parts), servers, self.queued_s)
+
+    def _note_left(self) -> None:
+        self.left.set()
+        self.left = trio.Event()
 
     async def _said(self, servers: list[Server]):
         servers.append(self._server(self.backends[0]))

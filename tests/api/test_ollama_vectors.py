@@ -24,9 +24,11 @@ PLACEHOLDERS = {
 
 
 def _exchanges():
-    for name in FILES:
-        for each in json.loads((FOLDER / f"{name}.json").read_text()):
-            yield pytest.param(each, id=f"{name}: {each['name']}")
+    return [
+        pytest.param(each, id=f"{name}: {each['name']}")
+        for name in FILES
+        for each in json.loads((FOLDER / f"{name}.json").read_text())
+    ]
 
 
 @pytest.mark.parametrize("exchange", _exchanges())
