@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ollamamax_p2p.api import (
+        AnswerFrame,
         Finding,
         Invitation,
         JoinReport,
@@ -21,20 +22,24 @@ if TYPE_CHECKING:
         ModelInfo,
         NodeStatus,
         PeerInfo,
+        RequestClient,
         examine_machine,
     )
     from ollamamax_p2p.cluster import ClusterMember, ClusterStatus, Recovery, RecoveryPlan
     from ollamamax_p2p.config import NodeConfig, load_config
     from ollamamax_p2p.consensus import LogReport
+    from ollamamax_p2p.content import ShowAnswer
     from ollamamax_p2p.errors import OmxError
     from ollamamax_p2p.node import Node, check_ticket, forget_swarm, open_node
     from ollamamax_p2p.observability import Event
     from ollamamax_p2p.offline import check_raft_log, prepare_recovery
+    from ollamamax_p2p.router import NodeLoad, RunningModel
     from ollamamax_p2p.transfer import PullProgress, PullReport, PushReport, SourceShare
 
     __version__: str
 
 _HOMES = {
+    "AnswerFrame": "api",
     "ClusterMember": "cluster",
     "ClusterStatus": "cluster",
     "Event": "observability",
@@ -47,6 +52,7 @@ _HOMES = {
     "ModelInfo": "api",
     "Node": "node",
     "NodeConfig": "config",
+    "NodeLoad": "router",
     "NodeStatus": "api",
     "OmxError": "errors",
     "PeerInfo": "api",
@@ -55,6 +61,9 @@ _HOMES = {
     "PushReport": "transfer",
     "Recovery": "cluster",
     "RecoveryPlan": "cluster",
+    "RequestClient": "api",
+    "RunningModel": "router",
+    "ShowAnswer": "content",
     "SourceShare": "transfer",
     "check_raft_log": "offline",
     "check_ticket": "node",
@@ -66,6 +75,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AnswerFrame",
     "ClusterMember",
     "ClusterStatus",
     "Event",
@@ -78,6 +88,7 @@ __all__ = [
     "ModelInfo",
     "Node",
     "NodeConfig",
+    "NodeLoad",
     "NodeStatus",
     "OmxError",
     "PeerInfo",
@@ -86,6 +97,9 @@ __all__ = [
     "PushReport",
     "Recovery",
     "RecoveryPlan",
+    "RequestClient",
+    "RunningModel",
+    "ShowAnswer",
     "SourceShare",
     "__version__",
     "check_raft_log",
