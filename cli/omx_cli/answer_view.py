@@ -152,9 +152,8 @@ class AnswerView:
         self.err.flush()
 
     def _tell_servers(self) -> None:
-        dim, plain = (_DIM, _PLAIN) if has_colour(self.err) else ("", "")
-        text = "" if self.verbose or not self._on_terminal else "\n"
-        self.err.write(f"{text}{dim}{printable(servers_text(self.servers))}{plain}\n")
+        gap = "" if self.verbose or not self._on_terminal else "\n"
+        self.err.write(f"{gap}{dimmed(printable(servers_text(self.servers)), self.err)}\n")
 
     @staticmethod
     def _for_programs(frame: "AnswerFrame") -> dict[str, Any]:
@@ -220,6 +219,11 @@ class AnswerView:
 def has_colour(stream: TextIO) -> bool:
     """Whether what is written there may be dim (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def dimmed(text: str, stream: TextIO) -> str:
+    """The text, dim where that can be shown."""
+    return f"{_DIM}{text}{_PLAIN}" if has_colour(stream) else text
 
 
 def place_text(position: int, eta_s: float | None) -> str:

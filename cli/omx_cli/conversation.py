@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from omx_cli.answer_view import dimmed
 from omx_cli.asking import (
     THINKING_EFFORTS,
     Manner,
@@ -23,7 +24,7 @@ from omx_cli.asking import (
     refuse_pictures,
 )
 from omx_cli.line_reader import Ended, LineReader, unquoted
-from omx_cli.output import fields, say, tell
+from omx_cli.output import fields, printable, say, tell
 from omx_cli.pictures import illustrated
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ class Conversation:
 
     def run(self) -> None:
         """Until it is left. Raises Interrupted on SIGTERM."""
+        hint = f"{printable(self.model)}: ask something; /? lists commands, /bye leaves"
+        sys.stdout.write(dimmed(hint, sys.stdout) + "\n")
         self._try(self._load)
         while (line := self.reader.read()) is not Ended.LEFT:
             text = "" if isinstance(line, Ended) else line.strip()
@@ -129,7 +132,10 @@ class Conversation:
     def _do(self, work: Callable[[], Awaitable[T]]) -> T | None:
         from omx_cli.running import run_until_interrupted
 
-        return run_until_interrupted(work)
+        try:
+            return run_until_interrupted(work)
+        except KeyboardInterrupt:  # between two event loops
+            return None
 
     # -- questions
 

@@ -4,6 +4,7 @@ The standard readline: it is there wherever Python is, knows everybody's key bin
 millisecond to load.
 """
 
+import signal
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -32,6 +33,7 @@ class LineReader:
         self._history = history
         self.keeps_history = keeps_history
         self._interrupted = False
+        self._was_empty = True
         # Pasted lines are one text with their line breaks, not a question each.
         readline.parse_and_bind("set enable-bracketed-paste on")
         readline.set_history_length(HISTORY_LINES_MAX)
@@ -42,6 +44,7 @@ class LineReader:
 
     def read(self) -> str | Ended:
         """What was written up to Enter, or between three quotes."""
+        before = signal.signal(signal.SIGINT, self._note_interrupt)
         try:
             text = self._read_line(PROMPT)
             if opens_quotes(text):
@@ -51,16 +54,21 @@ class LineReader:
             return Ended.LEFT
         except KeyboardInterrupt:
             return self._interrupt()
+        finally:
+            signal.signal(signal.SIGINT, before)
         self._interrupted = False
         return text
 
+    def _note_interrupt(self, number: int, frame: object) -> None:
+        self._was_empty = not self._readline.get_line_buffer()  # gone once input() has ended
+        raise KeyboardInterrupt
+
     def _interrupt(self) -> Ended:
-        was_empty = not self._readline.get_line_buffer()
         print()  # noqa: T201 - as above
-        if was_empty and self._interrupted:
+        if self._was_empty and self._interrupted:
             return Ended.LEFT
-        self._interrupted = was_empty
-        if was_empty:
+        self._interrupted = self._was_empty
+        if self._was_empty:
             print("Ctrl-C again, Ctrl-D or /bye leaves.")  # noqa: T201 - to the terminal
         return Ended.INTERRUPTED
 

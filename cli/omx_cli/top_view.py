@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 LOADED_SHOWN = 3
 """Names of models in one line; the rest is counted."""
 
+SILENT_S = 5.0
+"""Nodes tell of themselves every half second; one that has not for so long has most likely gone."""
+
 _HEAD = ["NODE", "REGION", "STATE", "SLOTS", "QUEUED", "TOKENS/S", "MEMORY FREE", "LOADED", "AGE"]
 _SPARE = ["REGION", "AGE", "MEMORY FREE", "QUEUED"]
 """Left out on a narrow terminal, the first first."""
@@ -38,24 +41,29 @@ class Look:
     """Models that this node is pulling, and for how many seconds that has been seen."""
 
     @property
+    def heard(self) -> "tuple[NodeLoad, ...]":
+        """Those of whom there is news; what the others last said is not added up."""
+        return tuple(each for each in self.nodes if each.heard_s <= SILENT_S)
+
+    @property
     def busy(self) -> int:
         """Requests that engines work on, anywhere."""
-        return sum(each.busy for each in self.nodes)
+        return sum(each.busy for each in self.heard)
 
     @property
     def slots(self) -> int:
         """How many they could work on at once."""
-        return sum(each.slots for each in self.nodes)
+        return sum(each.slots for each in self.heard)
 
     @property
     def queued(self) -> int:
         """Requests that wait in front of engines."""
-        return sum(each.queued for each in self.nodes)
+        return sum(each.queued for each in self.heard)
 
     @property
     def tokens_per_s(self) -> float:
         """Of all nodes together."""
-        return sum(each.tokens_per_s for each in self.nodes)
+        return sum(each.tokens_per_s for each in self.heard)
 
 
 async def watched(client: "LocalClient", interval_s: float) -> AsyncIterator[Look]:
@@ -148,7 +156,9 @@ def summary_text(look: Look) -> str:
 
 def node_row(node: "NodeLoad", here: str) -> list[str]:
     """A line of the table."""
-    if node.draining:
+    if node.heard_s > SILENT_S:
+        state = "silent"
+    elif node.draining:
         state = "draining"
     elif not node.backends:
         state = "no engine"
