@@ -259,10 +259,8 @@ class LocalClient:
         async with AsyncExitStack() as stack:
             try:
                 client = await stack.enter_async_context(open_request_client(self.address))
-            except HandshakeError as error:
-                raise self._refused(getattr(error, "status_code", 0)) from error
-            except OSError as error:
-                raise self._unreachable() from error
+            except (HandshakeError, OSError, trio.TooSlowError) as error:
+                raise self._no_websocket(error) from error
             yield client
 
     # -- nodes
@@ -298,10 +296,8 @@ class LocalClient:
         try:
             opened = open_websocket_url(url, extra_headers=headers)
             socket = await opened.__aenter__()
-        except HandshakeError as error:
-            raise self._refused(getattr(error, "status_code", 0)) from error
-        except OSError as error:
-            raise self._unreachable() from error
+        except (HandshakeError, OSError) as error:
+            raise self._no_websocket(error) from error
         try:
             yield received(socket)
         finally:
@@ -362,6 +358,15 @@ class LocalClient:
         if not found.code:  # Ollama's shape
             return error_of_status(status, found.error)
         return errors.restored(found.code, found.error)
+
+    def _no_websocket(self, error: Exception) -> OmxError:
+        """trio-websocket tells by one class that somebody refused, and (by its cause, or by none
+        and no status) that nobody was there.
+        """
+        status: int | None = getattr(error, "status_code", None)
+        if status is None:
+            return self._unreachable()
+        return self._refused(status)
 
     def _unreachable(self) -> OmxError:
         if self._data_dir is None:

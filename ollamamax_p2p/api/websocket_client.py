@@ -11,7 +11,12 @@ from typing import Any, Literal
 
 import msgspec
 import trio
-from trio_websocket import ConnectionClosed, WebSocketConnection, open_websocket_url
+from trio_websocket import (
+    ConnectionClosed,
+    HandshakeError,
+    WebSocketConnection,
+    connect_websocket_url,
+)
 
 from ollamamax_p2p.api.told_errors import error_of_status
 from ollamamax_p2p.errors import BadInput, LocalTrouble, OmxError
@@ -59,24 +64,41 @@ class AnswerFrame(msgspec.Struct, frozen=True, kw_only=True):
 async def open_request_client(address: str) -> AsyncIterator["RequestClient"]:
     """Be connected to the node at host:port for as long as the block is open.
 
-    Raises OSError if nobody listens there, trio_websocket.HandshakeError if it is no node.
+    Raises OSError if nobody listens there, trio.TooSlowError if nobody answers,
+    trio_websocket.HandshakeError if it is no node.
     """
-    url = f"ws://{address}/api/ws"
-    opened = open_websocket_url(
-        url,
-        max_message_size=ANSWER_BYTES_MAX,
-        message_queue_size=16,
-        receive_buffer_size=64 * 1024,
-        connect_timeout=CONNECT_TIMEOUT_S,
-        disconnect_timeout=CLOSE_TIMEOUT_S,
-    )
-    async with opened as socket, trio.open_nursery() as nursery:
-        client = RequestClient(socket, address)
-        nursery.start_soon(client._receive)
-        try:
-            yield client
-        finally:
+    trouble: BaseException | None = None  # raised at the end: within, it would come in a group
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                socket = await _connected(nursery, address)
+            except (OSError, trio.TooSlowError) as error:
+                trouble = error
+            else:
+                client = RequestClient(socket, address)
+                nursery.start_soon(client._receive)
+                try:
+                    yield client
+                finally:
+                    with trio.move_on_after(CLOSE_TIMEOUT_S) as scope:
+                        scope.shield = True
+                        await socket.aclose()
             nursery.cancel_scope.cancel()
+    except* HandshakeError as refusal:  # comes from the reader, in the nursery
+        trouble = refusal.exceptions[0]
+    if trouble is not None:
+        raise trouble
+
+
+async def _connected(nursery: trio.Nursery, address: str) -> WebSocketConnection:
+    with trio.fail_after(CONNECT_TIMEOUT_S):
+        return await connect_websocket_url(
+            nursery,
+            f"ws://{address}/api/ws",
+            max_message_size=ANSWER_BYTES_MAX,
+            message_queue_size=16,
+            receive_buffer_size=64 * 1024,
+        )
 
 
 class RequestClient:

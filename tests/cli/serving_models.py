@@ -124,7 +124,5 @@ async def talking(tmp_path: Path) -> AsyncIterator[Talking]:
     node, inference = TalkingNode(), TalkingInference((backend(),))
     settings = ApiSettings(listen="127.0.0.1:0")
     with trio.fail_after(60):
-        async with open_api(
-            node, settings, data_dir=tmp_path, peer_id=PEER, inference=inference
-        ):
+        async with open_api(node, settings, data_dir=tmp_path, peer_id=PEER, inference=inference):
             yield Talking(node, inference, LocalClient.find(tmp_path), tmp_path)
