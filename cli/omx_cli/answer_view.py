@@ -41,11 +41,15 @@ class WordWrap:
             self._begin_word()
             return char
         width = columns_of(char)
-        broken = self._break() if self._column + width > self._columns else ""
+        does_fit = self._column + width <= self._columns
+        if char.isspace() and not does_fit:
+            self._begin_word()
+            return ""  # the line ends here anyway
+        broken = "" if does_fit else self._break()
         self._column += width
         if char.isspace() or width > 1:  # where scripts without spaces may break, too
             self._begin_word()
-            return "\n" if broken and char.isspace() else broken + char
+            return broken + char
         self._word += char
         self._word_columns += width
         return broken + char

@@ -186,11 +186,15 @@ async def test_a_node_that_ends_midway_is_said(tmp_path, inference):
 
             await nursery.start(serve)
             client = LocalClient.find(tmp_path)
-            with pytest.raises(ExceptionGroup) as raised:
+
+            async def read_and_stop():
                 async with client.connect() as requests, requests.ask("generate", ASK) as frames:
                     async for frame in frames:
                         if frame.type == "delta":
                             stopping.set()
+
+            with pytest.raises(ExceptionGroup) as raised:
+                await read_and_stop()
         assert isinstance(first_named(raised.value), LocalTrouble)
         with pytest.raises(NodeNotRunning):
             async with client.connect():
@@ -224,7 +228,8 @@ async def test_a_node_that_says_nonsense_is_not_believed(said):
 
     async with trio.open_nursery() as nursery:
         server = await nursery.start(serve_websocket, talk, "127.0.0.1", 0, None)
-        with pytest.raises(ExceptionGroup) as raised:
+
+        async def read_late():
             async with (
                 open_request_client(f"127.0.0.1:{server.port}") as requests,
                 requests.ask("generate", ASK) as frames,
@@ -232,6 +237,9 @@ async def test_a_node_that_says_nonsense_is_not_believed(said):
                 await requests_end(requests)
                 async for _ in frames:
                     pass
+
+        with pytest.raises(ExceptionGroup) as raised:
+            await read_late()
         assert "restart it" in str(first_named(raised.value))
         nursery.cancel_scope.cancel()
 

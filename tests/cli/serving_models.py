@@ -1,20 +1,26 @@
 """A node in RAM that answers questions, served on loopback for `omx` to ask."""
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+import io
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import trio
 
 from ollamamax_p2p import NodeLoad
-from ollamamax_p2p.api import ApiSettings, LocalClient, open_api
+from ollamamax_p2p.api import ApiSettings, open_api
 from ollamamax_p2p.content import ShowAnswer, ShownDetails
 from ollamamax_p2p.errors import ModelNotFound, PeerNotFound
 from ollamamax_p2p.inference import ServableModel
 from ollamamax_p2p.testing.scripted_backend import Script, ScriptedBackend
 from tests.api.ram_inference import AT_ONCE, EMBEDDER, MODEL, RamInference
 from tests.api.ram_node import OTHER_PEER, PEER, RamNode
+
+NEW = ServableModel(name="new:latest", capabilities=("completion", "chat"))
+"""Nobody has it, until it is pulled."""
 
 SEER = ServableModel(name="seer:latest", capabilities=("completion", "chat", "vision"))
 UNSHOWN = ServableModel(name="remote:latest", capabilities=("completion", "chat"))
@@ -23,7 +29,7 @@ UNSHOWN = ServableModel(name="remote:latest", capabilities=("completion", "chat"
 
 def backend(name: str = "scripted", **script) -> ScriptedBackend:
     return ScriptedBackend(
-        (MODEL, EMBEDDER, SEER, UNSHOWN), name=name, slots=8, script=Script(**(AT_ONCE | script))
+        (MODEL, EMBEDDER, SEER, UNSHOWN, NEW), name=name, slots=8, script=Script(**(AT_ONCE | script))
     )
 
 
@@ -54,8 +60,6 @@ class TalkingNode(RamNode):
     pulling: tuple[str, ...] = ()
 
     async def status(self):
-        from dataclasses import replace
-
         return replace(await RamNode.status(self), pulls=self.pulling)
 
     async def listed_models(self):
@@ -92,6 +96,12 @@ class TalkingNode(RamNode):
 
 @dataclass
 class TalkingInference(RamInference):
+    lacks: set[str] = field(default_factory=lambda: {"new:latest"})
+
+    async def swarm_models(self):
+        found = await RamInference.swarm_models(self)
+        return tuple(each for each in found if each.model.name not in self.lacks)
+
     loads_of_nodes: tuple[NodeLoad, ...] = (
         node_load("ram", PEER),
         node_load("attic", OTHER_PEER, draining=True, region="", loaded=(), busy=0),
@@ -107,22 +117,64 @@ class TalkingInference(RamInference):
         self.drained.append((node, draining))
 
 
-@dataclass
 class Talking:
-    node: TalkingNode
-    inference: TalkingInference
-    client: LocalClient
-    data_dir: Path
+    """The served node, in a thread with a loop of its own: the test's main thread runs `omx`."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.node = TalkingNode()
+        self.inference = TalkingInference((backend(),))
+        self.data_dir = data_dir
+        self._serving = threading.Event()
+        self._token: trio.lowlevel.TrioToken
+        self._stop: trio.Event
+        self._thread = threading.Thread(target=trio.run, args=(self._serve,))
 
     def script(self, **script) -> None:
         """How the engine behaves from now on."""
         self.inference.backends = (backend(**script),)
 
+    def say(self, *parts) -> None:
+        """What every answer is from now on."""
+        self.inference.parts = parts
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._serving.wait(30)
+
+    def stop(self) -> None:
+        self._token.run_sync_soon(self._stop.set)
+        self._thread.join(30)
+
+    async def _serve(self) -> None:
+        self._token, self._stop = trio.lowlevel.current_trio_token(), trio.Event()
+        settings = ApiSettings(listen="127.0.0.1:0")
+        async with open_api(
+            self.node, settings, data_dir=self.data_dir, peer_id=PEER, inference=self.inference
+        ):
+            self._serving.set()
+            await self._stop.wait()
+
 
 @pytest.fixture
-async def talking(tmp_path: Path) -> AsyncIterator[Talking]:
-    node, inference = TalkingNode(), TalkingInference((backend(),))
-    settings = ApiSettings(listen="127.0.0.1:0")
-    with trio.fail_after(60):
-        async with open_api(node, settings, data_dir=tmp_path, peer_id=PEER, inference=inference):
-            yield Talking(node, inference, LocalClient.find(tmp_path), tmp_path)
+def talking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Talking]:
+    for name in [*os.environ]:
+        if name.startswith(("OMX_", "OLLAMA_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OMX_DATA_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    served = Talking(tmp_path)
+    served.start()
+    yield served
+    served.stop()
+
+
+class TerminalInput(io.StringIO):
+    """A standard input that is a terminal at which nobody writes."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def piped(text: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(text), encoding="utf-8")
