@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ollamamax_p2p.api import (
+        AnswerFrame,
         Finding,
         Invitation,
         JoinReport,
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
         ModelInfo,
         NodeStatus,
         PeerInfo,
+        RequestClient,
         examine_machine,
     )
     from ollamamax_p2p.cluster import ClusterMember, ClusterStatus, Recovery, RecoveryPlan
     from ollamamax_p2p.config import NodeConfig, load_config
     from ollamamax_p2p.consensus import LogReport
+    from ollamamax_p2p.content import ShowAnswer
     from ollamamax_p2p.errors import OmxError
     from ollamamax_p2p.inference import (
         ChatMessage,
@@ -38,12 +41,13 @@ if TYPE_CHECKING:
     from ollamamax_p2p.node import Node, check_ticket, forget_swarm, open_node
     from ollamamax_p2p.observability import Event
     from ollamamax_p2p.offline import check_raft_log, prepare_recovery
-    from ollamamax_p2p.router import Call, NodeLoad
+    from ollamamax_p2p.router import Call, NodeLoad, RunningModel
     from ollamamax_p2p.transfer import PullProgress, PullReport, PushReport, SourceShare
 
     __version__: str
 
 _HOMES = {
+    "AnswerFrame": "api",
     "Call": "router",
     "ChatMessage": "inference",
     "ChatRequest": "inference",
@@ -72,6 +76,9 @@ _HOMES = {
     "PushReport": "transfer",
     "Recovery": "cluster",
     "RecoveryPlan": "cluster",
+    "RequestClient": "api",
+    "RunningModel": "router",
+    "ShowAnswer": "content",
     "SourceShare": "transfer",
     "check_raft_log": "offline",
     "check_ticket": "node",
@@ -83,6 +90,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AnswerFrame",
     "Call",
     "ChatMessage",
     "ChatRequest",
@@ -111,6 +119,9 @@ __all__ = [
     "PushReport",
     "Recovery",
     "RecoveryPlan",
+    "RequestClient",
+    "RunningModel",
+    "ShowAnswer",
     "SourceShare",
     "__version__",
     "check_raft_log",

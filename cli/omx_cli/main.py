@@ -13,7 +13,9 @@ from omx_cli import (
     config_commands,
     demo,
     doctor,
+    inference_commands,
     model_commands,
+    node_commands,
     offline_commands,
     swarm_commands,
 )
@@ -35,6 +37,10 @@ app.command("pull")(model_commands.pull)
 app.command("push")(model_commands.push)
 app.command("import")(model_commands.import_file)
 app.command("create")(model_commands.create)
+app.command("run")(inference_commands.run)
+app.command("ps")(inference_commands.ps)
+app.command("load")(inference_commands.load)
+app.command("embed")(inference_commands.embed)
 app.command("list")(model_commands.list_models)
 app.command("ls", hidden=True)(model_commands.list_models)
 app.command("show")(model_commands.show)
@@ -44,6 +50,9 @@ app.command("peers")(swarm_commands.peers)
 app.command("status")(swarm_commands.status)
 app.command("events")(swarm_commands.events)
 app.command("stop")(swarm_commands.stop)
+app.command("drain")(node_commands.drain)
+app.command("undrain")(node_commands.undrain)
+app.command("top")(node_commands.top)
 app.command("leave")(swarm_commands.leave)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
@@ -80,7 +89,7 @@ def run(arguments: list[str]) -> int:
     if sys.stdout is None:
         sys.stdout = cast("TextIO", _ClosedOutput())
     try:
-        result: Any = app(arguments, prog_name="omx", standalone_mode=False)
+        result: Any = app(_with_values(arguments), prog_name="omx", standalone_mode=False)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - the outermost border: told in one line
         if any(isinstance(each, BrokenPipeError) for each in _leaves(error)):
@@ -90,6 +99,15 @@ def run(arguments: list[str]) -> int:
     if result == 130:  # Typer turns Ctrl-C into this, without a word
         return _failed(KeyboardInterrupt(), as_json)
     return result if isinstance(result, int) else 0
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """`--think` alone is `--think=true`, as in Ollama; Typer knows no option whose value may be
+    left out.
+    """
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = ["--think=true" if each == "--think" else each for each in arguments[:end]]
+    return options + arguments[end:]
 
 
 def _failed(error: BaseException, as_json: bool) -> int:

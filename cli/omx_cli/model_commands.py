@@ -1,6 +1,7 @@
 """omx pull | push | import | create | list | show | cp | rm."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +21,7 @@ from omx_cli.output import (
 )
 
 if TYPE_CHECKING:
-    from ollamamax_p2p import LocalClient, ModelDetails, ModelInfo, Node
+    from ollamamax_p2p import LocalClient, ModelDetails, ModelInfo, Node, ShowAnswer
     from ollamamax_p2p.errors import BadModelFile, OmxError
 
 MODELFILE_BYTES_MAX = 3_000_000
@@ -174,7 +175,7 @@ def list_models(
         if as_json:
             say_json({"models": found})
         else:
-            say(table(["NAME", "ID", "SIZE", "MODIFIED"], [_model_row(each) for each in found]))
+            say(models_table(found))
 
     with_any_node(node_flags(data_dir=data_dir, models=models), config, ask)
 
@@ -259,6 +260,11 @@ def rm(
     with_any_node(node_flags(data_dir=data_dir, models=models), config, ask)
 
 
+def models_table(models: "Sequence[ModelInfo]") -> str:
+    """What `omx list` shows."""
+    return table(["NAME", "ID", "SIZE", "MODIFIED"], [_model_row(each) for each in models])
+
+
 def _model_row(model: "ModelInfo") -> list[str]:
     from datetime import UTC, datetime
 
@@ -288,7 +294,7 @@ def _details_text(details: "ModelDetails") -> str:
         ("embedding length", str(details.embedding_length or "")),
         ("quantization", details.quantization),
         ("format", details.format),
-        ("size", human_bytes(details.size)),
+        ("size", human_bytes(details.size) if details.size else ""),
     ]
     sections = [
         ("Model", fields([pair for pair in model if pair[1]], "    ")),
@@ -298,6 +304,34 @@ def _details_text(details: "ModelDetails") -> str:
         ("License", _indented("\n".join(details.license.strip().splitlines()[:2]))),
     ]
     return "\n".join(f"  {title}\n{text}\n" for title, text in sections if text)
+
+
+def shown_text(name: str, shown: "ShowAnswer") -> str:
+    """The same of a model that may be on another node."""
+    from datetime import UTC, datetime
+
+    from ollamamax_p2p import ModelDetails
+
+    details, info = shown.details, shown.model_info
+    architecture = str(info.get("general.architecture", "") or details.family)
+    return _details_text(
+        ModelDetails(
+            name=name,
+            digest="",
+            size=0,
+            modified_at=datetime.fromtimestamp(0, UTC),  # not shown
+            format=details.format,
+            architecture=architecture,
+            parameter_size=details.parameter_size,
+            quantization=details.quantization_level,
+            context_length=int(info.get(f"{architecture}.context_length", 0)),
+            embedding_length=int(info.get(f"{architecture}.embedding_length", 0)),
+            capabilities=shown.capabilities,
+            license=shown.license,
+            parameters=shown.parameters,
+            system=shown.system,
+        )
+    )
 
 
 def _indented(text: str) -> str:

@@ -168,6 +168,38 @@ async def _cancel_on_signal(signals: AsyncIterator[int], scope: Any, interrupted
         scope.cancel()
 
 
+def run_until_interrupted(work: Callable[[], Awaitable[T]]) -> T | None:
+    """Run one step of a conversation. Ctrl-C cancels it and gives None: the conversation goes on.
+
+    Further ones change nothing, so closing must be bounded in time. Raises Interrupted on SIGTERM.
+    """
+    import trio
+
+    return trio.run(_until_interrupted, work)
+
+
+async def _until_interrupted(work: Callable[[], Awaitable[T]]) -> T | None:
+    import trio
+
+    result, received = list[T](), list[int]()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def note(scope: trio.CancelScope) -> None:
+                async for number in signals:
+                    received.append(number)
+                    scope.cancel()
+
+            scope = trio.CancelScope()
+            nursery.start_soon(note, scope)
+            with scope:
+                result.append(await work())
+            nursery.cancel_scope.cancel()
+    if signal.SIGTERM in received:
+        raise Interrupted("interrupted")
+    return result[0] if result else None
+
+
 class Stop:
     """How a node that runs in the foreground is asked to stop."""
 

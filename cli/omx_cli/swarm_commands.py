@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -369,17 +370,30 @@ def _say_event(event: "Event", as_json: bool) -> None:
 
 
 def stop(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Have this model out of memory, on every node; without: stop the node.",
+            show_default=False,
+        ),
+    ] = "",
     data_dir: options.DataDir = None,
     config: options.ConfigFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Stop the running node, and wait until it is gone."""
+    """Stop the running node, and wait until it is gone; with MODEL, stop only that model."""
     import trio
 
     from ollamamax_p2p.errors import DeadlineExceeded
-    from omx_cli.running import in_time, is_alive, with_node
+    from omx_cli.inference_commands import stop_model
+    from omx_cli.running import WORK_TIMEOUT_S, in_time, is_alive, with_node
 
     async def ask(client: "LocalClient") -> None:
+        if model:
+            work = partial(stop_model, client, model, as_json)
+            await in_time(client, work, WORK_TIMEOUT_S)
+            return
         await in_time(client, client.stop)
         with trio.move_on_after(STOP_TIMEOUT_S) as scope:
             while is_alive(client.pid):  # noqa: ASYNC110 - a process can only be looked at

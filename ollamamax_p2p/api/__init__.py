@@ -21,8 +21,10 @@ if TYPE_CHECKING:
         StoreStatus,
     )
     from ollamamax_p2p.api.server import ApiServer, open_api
+    from ollamamax_p2p.api.websocket_client import AnswerFrame, RequestClient
 
 _HOMES = {
+    "AnswerFrame": "websocket_client",
     "ApiServer": "server",
     "Finding": "doctor_checks",
     "Invitation": "served_node",
@@ -33,6 +35,7 @@ _HOMES = {
     "ModelLayer": "served_node",
     "NodeStatus": "served_node",
     "PeerInfo": "served_node",
+    "RequestClient": "websocket_client",
     "ServedNode": "served_node",
     "StoreStatus": "served_node",
     "examine_machine": "doctor_checks",
@@ -40,6 +43,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AnswerFrame",
     "ApiServer",
     "ApiSettings",
     "Finding",
@@ -51,6 +55,7 @@ __all__ = [
     "ModelLayer",
     "NodeStatus",
     "PeerInfo",
+    "RequestClient",
     "ServedNode",
     "StoreStatus",
     "examine_machine",

@@ -6,9 +6,10 @@ connection per request: on loopback that costs less than keeping one healthy.
 
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import h11
 import msgspec
@@ -25,11 +26,18 @@ from ollamamax_p2p.api.served_node import (
     OnProgress,
     PeerInfo,
 )
+from ollamamax_p2p.api.told_errors import error_of_status
 from ollamamax_p2p.cluster import ClusterStatus, RoleWish
+from ollamamax_p2p.content import ShowAnswer
 from ollamamax_p2p.errors import LocalTrouble, NodeNotRunning, OmxError
+from ollamamax_p2p.inference import LoadedModel
+from ollamamax_p2p.inference.core.requests import Embeddings
 from ollamamax_p2p.observability import Event
-from ollamamax_p2p.router import NodeLoad
+from ollamamax_p2p.router import NodeLoad, RunningModel, Server
 from ollamamax_p2p.transfer import PullProgress, PullReport, PushReport
+
+if TYPE_CHECKING:
+    from ollamamax_p2p.api.websocket_client import RequestClient
 
 CONNECT_TIMEOUT_S = 5.0
 """Loopback connects at once or not at all; a full backlog may take a moment."""
@@ -39,6 +47,9 @@ LINE_BYTES_MAX = 8 * 1024 * 1024
 
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
 """A hundred thousand models make a list of some 20 MB."""
+
+OLLAMAS = "/api/"
+"""Paths that are not ours, but that a node has too."""
 
 T = TypeVar("T")
 
@@ -188,6 +199,72 @@ class LocalClient:
         """Change a setting that the whole cluster shares."""
         await self._ask("POST", "/cluster/set", dict[str, Any], {"key": key, "value": value})
 
+    # -- models that run
+
+    async def show_model(self, name: str) -> ShowAnswer:
+        """All that a model says about itself, wherever in the swarm it is. Raises ModelNotFound."""
+        return await self._ask("POST", "/api/show", ShowAnswer, {"model": name})
+
+    async def capabilities(self, name: str) -> tuple[str, ...] | None:
+        """What a model of the swarm can do, also one of an engine that shows no more of it; ()
+        if it does not say, None if nobody has such a model.
+        """
+        listed = (await self._ask("GET", "/api/tags", _Listed)).models
+        wanted = {name.lower(), f"{name.lower()}:latest"}
+        return next((each.capabilities for each in listed if each.name.lower() in wanted), None)
+
+    async def running_models(self) -> tuple[RunningModel, ...]:
+        """What is in memory on any node, the one that stays longest first."""
+        found = await self._ask("GET", "/api/ps", _Running)
+        return tuple(each.as_running() for each in found.models)
+
+    async def load(self, name: str, *, keep_alive: float | str | None = None) -> Server:
+        """Have a model in memory where it fits best; gives where.
+
+        keep_alive: seconds, or a duration as Go writes it (`10m`); negative: for ever; None: as the
+        engine is set.
+        """
+        body = {"model": name, "stream": False, "keep_alive": keep_alive}
+        async with self._request("POST", "/api/generate", body) as answer:
+            await answer.everything()
+            return answer.server()
+
+    async def unload(self, name: str) -> None:
+        """Have a model out of memory on every node. Raises ModelNotFound."""
+        body = {"model": name, "stream": False, "keep_alive": 0}
+        await self._ask("POST", "/api/generate", dict[str, Any], body)
+
+    async def embed(
+        self,
+        name: str,
+        inputs: Sequence[str],
+        *,
+        dimensions: int = 0,
+        keep_alive: float | str | None = None,
+    ) -> tuple[Embeddings, Server]:
+        """A vector of length 1 for each text, and who made them. keep_alive: as for `load`."""
+        body = {"model": name, "input": list(inputs), "keep_alive": keep_alive}
+        body |= {"dimensions": dimensions} if dimensions else {}
+        async with self._request("POST", "/api/embed", body) as answer:
+            found = self._decoded(await answer.everything(), _Embedded)
+            return found.as_embeddings(), answer.server()
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator["RequestClient"]:
+        """Ask for answers, many at once if need be, and have them as they come."""
+        from trio_websocket import HandshakeError
+
+        from ollamamax_p2p.api.websocket_client import open_request_client
+
+        async with AsyncExitStack() as stack:
+            try:
+                client = await stack.enter_async_context(open_request_client(self.address))
+            except (HandshakeError, OSError, trio.TooSlowError) as error:
+                raise self._no_websocket(error) from error
+            yield client
+
+    # -- nodes
+
     async def nodes(self) -> tuple[NodeLoad, ...]:
         """How busy every node is that this one has heard of, itself first."""
         return (await self._ask("GET", "/nodes", _Nodes)).nodes
@@ -219,10 +296,8 @@ class LocalClient:
         try:
             opened = open_websocket_url(url, extra_headers=headers)
             socket = await opened.__aenter__()
-        except HandshakeError as error:
-            raise self._refused(getattr(error, "status_code", 0)) from error
-        except OSError as error:
-            raise self._unreachable() from error
+        except (HandshakeError, OSError) as error:
+            raise self._no_websocket(error) from error
         try:
             yield received(socket)
         finally:
@@ -270,15 +345,28 @@ class LocalClient:
             ("Content-Length", str(length)),
             ("Connection", "close"),
         ]
-        return h11.Request(method=method, target=f"/omx/v1{path}", headers=headers)
+        target = path if path.startswith(OLLAMAS) else f"/omx/v1{path}"
+        return h11.Request(method=method, target=target, headers=headers)
 
     def _error(self, status: int, raw: bytes) -> OmxError:
         try:
-            found = msgspec.json.decode(raw, type=dict[str, str])
-            text, code = found["error"], found["code"]
-        except (msgspec.MsgspecError, UnicodeDecodeError, KeyError):
+            found = msgspec.json.decode(raw, type=_Told)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             return self._refused(status)
-        return self._refused(status) if status == 401 else errors.restored(code, text)
+        if status == 401:
+            return self._refused(status)
+        if not found.code:  # Ollama's shape
+            return error_of_status(status, found.error)
+        return errors.restored(found.code, found.error)
+
+    def _no_websocket(self, error: Exception) -> OmxError:
+        """trio-websocket tells by one class that somebody refused, and (by its cause, or by none
+        and no status) that nobody was there.
+        """
+        status: int | None = getattr(error, "status_code", None)
+        if status is None:
+            return self._unreachable()
+        return self._refused(status)
 
     def _unreachable(self) -> OmxError:
         if self._data_dir is None:
@@ -303,6 +391,14 @@ class _Answer:
         self._where = where
         self._http = h11.Connection(h11.CLIENT)
         self.status = 0
+        self._headers: dict[bytes, bytes] = {}
+
+    def server(self) -> Server:
+        """Whose engine answered, as the headers say."""
+        node, backend = (
+            self._headers.get(name, b"").decode("latin-1") for name in (b"omx-node", b"omx-backend")
+        )
+        return Server(peer_id="", node=node, backend=backend)
 
     async def ask(self, head: h11.Request, body: bytes) -> None:
         """Send the request; returns once the status is known."""
@@ -317,6 +413,7 @@ class _Answer:
             event = await self._next_event()
         assert isinstance(event, h11.Response)
         self.status = event.status_code
+        self._headers = dict(event.headers)
 
     async def everything(self) -> bytes:
         """The whole body."""
@@ -376,6 +473,70 @@ class _Models(msgspec.Struct):
 
 class _Nodes(msgspec.Struct):
     nodes: tuple[NodeLoad, ...]
+
+
+class _Told(msgspec.Struct):
+    """An error; Ollama's have no code."""
+
+    error: str
+    code: str = ""
+
+
+class _ListedModel(msgspec.Struct):
+    name: str
+    capabilities: tuple[str, ...] = ()
+
+
+class _Listed(msgspec.Struct):
+    models: tuple[_ListedModel, ...]
+
+
+FOREVER_YEARS = 100
+"""A model that stays for good is told as one that stays for 292 years."""
+
+
+class _RunningModel(msgspec.Struct):
+    name: str
+    size: int
+    digest: str
+    expires_at: datetime
+    size_vram: int
+    context_length: int
+    omx_node: str
+    omx_backend: str
+
+    def as_running(self) -> RunningModel:
+        now = datetime.now(self.expires_at.tzinfo)
+        stays = self.expires_at.year - now.year > FOREVER_YEARS
+        model = LoadedModel(
+            name=self.name,
+            digest=self.digest,
+            size=self.size,
+            size_vram=self.size_vram,
+            context_length=self.context_length,
+            expires_at=None if stays else self.expires_at.timestamp(),
+        )
+        server = Server(peer_id="", node=self.omx_node, backend=self.omx_backend)
+        return RunningModel(model=model, server=server)
+
+
+class _Running(msgspec.Struct):
+    models: tuple[_RunningModel, ...]
+
+
+class _Embedded(msgspec.Struct):
+    embeddings: tuple[tuple[float, ...], ...]
+    total_duration: int = 0
+    load_duration: int = 0
+    prompt_eval_count: int = 0
+
+    def as_embeddings(self) -> Embeddings:
+        return Embeddings(
+            vectors=self.embeddings,
+            prompt_tokens=self.prompt_eval_count,
+            load_ns=self.load_duration,
+            total_ns=self.total_duration,
+        )
 
 
 class _Away(msgspec.Struct):

@@ -207,7 +207,12 @@ class RequestSocket:
                         "queued_ms": round(answer.queued_s * 1000),
                     }
                 )
+                told = len(answer.servers)
                 async for part in answer:
+                    if len(answer.servers) > told:
+                        told, server = len(answer.servers), answer.server
+                        said = {"id": job.id, "type": "moved", "node": server.node}
+                        await self._send(said | {"backend": server.backend})
                     if isinstance(part, Delta):
                         await job.spend_credit()
                         await self._send_bytes(_line(job, "delta", shape.delta(part)))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.content.model_files import real_model
+
 PROJECT = Path(__file__).parents[2]
 README = (PROJECT / "README.md").read_text()
 
@@ -20,12 +22,12 @@ def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
         "OMX_LISTEN": "/ip4/127.0.0.1/tcp/0",
         "OMX_NO_MDNS": "1",
         "OMX_CONTENT_RESERVE_BYTES": "0",
+        "OMX_INFERENCE_THREADS": "1",
         "PATH": "",
     }
     # The model is here before, so that the example needs no swarm and no internet.
-    (tmp_path / "tiny.gguf").write_bytes(tiny_gguf())
     subprocess.run(
-        [sys.executable, "-m", "omx_cli", "import", str(tmp_path / "tiny.gguf"), "smollm2:135m"],
+        [sys.executable, "-m", "omx_cli", "import", str(real_model()), "smollm2:135m"],
         env=settings,
         check=True,
         capture_output=True,
@@ -36,15 +38,7 @@ def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "0 bytes from 0 sources"
     assert done.stdout.splitlines()[1].startswith("smollm2:135m ")
-
-
-def tiny_gguf() -> bytes:
-    """The smallest file that is a GGUF: version 3, no tensor, its architecture."""
-    key, value = b"general.architecture", b"llama"
-    metadata = len(key).to_bytes(8, "little") + key + (8).to_bytes(4, "little")
-    metadata += len(value).to_bytes(8, "little") + value
-    counts = (0).to_bytes(8, "little") + (1).to_bytes(8, "little")
-    return b"GGUF" + (3).to_bytes(4, "little") + counts + metadata
+    assert re.search("hello", done.stdout.partition("\n")[2], re.IGNORECASE)
 
 
 def test_every_command_it_names_exists() -> None:
