@@ -132,10 +132,7 @@ class Conversation:
     def _do(self, work: Callable[[], Awaitable[T]]) -> T | None:
         from omx_cli.running import run_until_interrupted
 
-        try:
-            return run_until_interrupted(work)
-        except KeyboardInterrupt:  # between two event loops
-            return None
+        return run_until_interrupted(work)
 
     # -- questions
 
@@ -189,9 +186,14 @@ class Conversation:
         if only_embeds(found):
             tell(f'"{rest}" only gives vectors; `omx embed {rest}` asks for them')
             return
-        self.model, self.capabilities, self.system = rest, found, ""
+        before, self.model = self.model, rest
+        try:
+            self._load()
+        except BaseException:
+            self.model = before
+            raise
+        self.capabilities, self.system = found, ""
         self.messages.clear()
-        self._load()
 
     def _save(self, rest: str) -> None:
         if not rest:

@@ -118,7 +118,7 @@ def _talk(
 ) -> None:
     from omx_cli.asking import capabilities_of, only_embeds
     from omx_cli.conversation import Conversation
-    from omx_cli.line_reader import LineReader
+    from omx_cli.line_reader import open_line_reader
     from omx_cli.running import run as run_async
 
     capabilities = run_async(
@@ -128,8 +128,8 @@ def _talk(
     if only_embeds(capabilities):
         raise typer.BadParameter(f"{model} only gives vectors; give it a PROMPT, or `omx embed`")
     keeps_history = not os.environ.get("OLLAMA_NOHISTORY")
-    reader = LineReader(data_dir / "history", keeps_history=keeps_history)
-    Conversation(client, model, manner, capabilities, reader, insecure).run()
+    with open_line_reader(data_dir / "history", keeps_history=keeps_history) as reader:
+        Conversation(client, model, manner, capabilities, reader, insecure).run()
 
 
 PULL_INTERRUPTED = "interrupted; what was fetched is kept, the same command resumes"

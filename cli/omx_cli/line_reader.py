@@ -5,7 +5,8 @@ millisecond to load.
 """
 
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
@@ -22,16 +23,32 @@ class Ended(Enum):
     INTERRUPTED = "Ctrl-C"
 
 
+@contextmanager
+def open_line_reader(history: Path, *, keeps_history: bool = True) -> Iterator["LineReader"]:
+    """Own the terminal's Ctrl-C for as long as the block is open: it ends what is being written,
+    and what else takes it over for a while (an answer); in between it does nothing, so that one
+    pressed too often does not end the program.
+
+    history: its file; one that cannot be read or written is done without.
+    """
+    reader = LineReader(history, keeps_history)
+    before = signal.signal(signal.SIGINT, reader._on_ctrl_c)
+    try:
+        yield reader
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class LineReader:
     """One conversation's prompt."""
 
-    def __init__(self, history: Path, *, keeps_history: bool = True) -> None:
-        """history: its file; one that cannot be read or written is done without."""
+    def __init__(self, history: Path, keeps_history: bool) -> None:
         import readline
 
         self._readline = readline
         self._history = history
         self.keeps_history = keeps_history
+        self._is_reading = False
         self._interrupted = False
         self._was_empty = True
         # Pasted lines are one text with their line breaks, not a question each.
@@ -44,8 +61,8 @@ class LineReader:
 
     def read(self) -> str | Ended:
         """What was written up to Enter, or between three quotes."""
-        before = signal.signal(signal.SIGINT, self._note_interrupt)
         try:
+            self._is_reading = True
             text = self._read_line(PROMPT)
             if opens_quotes(text):
                 text = self._read_quoted(text)
@@ -55,13 +72,15 @@ class LineReader:
         except KeyboardInterrupt:
             return self._interrupt()
         finally:
-            signal.signal(signal.SIGINT, before)
+            self._is_reading = False
         self._interrupted = False
         return text
 
-    def _note_interrupt(self, number: int, frame: object) -> None:
-        self._was_empty = not self._readline.get_line_buffer()  # gone once input() has ended
-        raise KeyboardInterrupt
+    def _on_ctrl_c(self, number: int, frame: object) -> None:
+        if self._is_reading:
+            self._is_reading = False
+            self._was_empty = not self._readline.get_line_buffer()  # gone once input() has ended
+            raise KeyboardInterrupt
 
     def _interrupt(self) -> Ended:
         print()  # noqa: T201 - as above

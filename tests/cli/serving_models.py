@@ -15,6 +15,7 @@ from ollamamax_p2p.api import ApiSettings, open_api
 from ollamamax_p2p.content import ShowAnswer, ShownDetails
 from ollamamax_p2p.errors import ModelNotFound, PeerNotFound
 from ollamamax_p2p.inference import ServableModel
+from ollamamax_p2p.inference.core.requests import Delta, Finish
 from ollamamax_p2p.testing.scripted_backend import Script, ScriptedBackend
 from tests.api.ram_inference import AT_ONCE, EMBEDDER, MODEL, RamInference
 from tests.api.ram_node import OTHER_PEER, PEER, RamNode
@@ -92,6 +93,8 @@ class TalkingNode(RamNode):
         )
 
     async def pull(self, name, **more):
+        if name != "new":
+            raise ModelNotFound(name)
         report = await RamNode.pull(self, name, **more)
         self.pulled.append(name)
         return report
@@ -137,15 +140,17 @@ class Talking:
         self.inference.backends = (backend(**script),)
 
     def say(self, *parts) -> None:
-        """What every answer is from now on."""
-        self.inference.parts = parts
+        """What every answer is from now on; one that no exception ends has an end."""
+        is_whole = not parts or isinstance(parts[-1], Delta)
+        self.inference.parts = [*parts, Finish(reason="stop")] if is_whole else parts
 
     def start(self) -> None:
         self._thread.start()
         assert self._serving.wait(30)
 
     def stop(self) -> None:
-        self._token.run_sync_soon(self._stop.set)
+        if self._thread.is_alive():
+            self._token.run_sync_soon(self._stop.set)
         self._thread.join(30)
 
     async def _serve(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from ollamamax_p2p import RunningModel
 from ollamamax_p2p.errors import BackendUnavailable, NoCandidate, QueueFull
 from ollamamax_p2p.inference import LoadedModel
-from ollamamax_p2p.inference.core.requests import Delta, Finish, GenerateRequest
+from ollamamax_p2p.inference.core.requests import Delta, GenerateRequest
 from ollamamax_p2p.router import Server
 from ollamamax_p2p.testing.scripted_backend import whole_answer
 from omx_cli.inference_commands import processor_text, running_row, vector_text
@@ -404,6 +404,6 @@ def test_a_reader_that_leaves_an_answer_early_is_no_error(talking, monkeypatch):
 
 
 def test_an_answer_of_nothing_is_nothing(talking, capsys):
-    talking.say(Finish(reason="stop"))
+    talking.say()
     assert run(["run", "tiny", "x"]) == 0
     assert capsys.readouterr() == ("", "")

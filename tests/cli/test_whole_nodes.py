@@ -15,6 +15,7 @@ import trio
 
 from ollamamax_p2p import ClusterStatus, LocalClient
 from tests.cli.running_omx import Ended, command, environment
+from tests.content.model_files import real_model
 
 pytestmark = pytest.mark.network
 
@@ -298,3 +299,24 @@ async def test_three_nodes_vote_lose_their_leader_and_expel_it(tmp_path):
         removed = await omx_on(c, "cluster", "remove", "b")
         assert removed.out == "removed b; it has no access any more\n"
         await until(a, lambda seen: {each.name for each in seen.members} == {"a", "c"})
+
+
+async def test_without_a_node_a_question_opens_one_with_its_engine_and_leaves_nothing(tmp_path):
+    pytest.importorskip("xllamacpp", reason="needs the embedded engine")
+    data_dir = tmp_path / "d"
+    settings = {"OMX_INFERENCE_THREADS": "1", "OMX_NAME": "kitchen"}
+    modelfile = tmp_path / "Modelfile"
+    modelfile.write_text(
+        f"FROM {real_model()}\nPARAMETER temperature 0\nPARAMETER num_predict 6\n"
+        "PARAMETER num_ctx 256\n"
+    )
+    made = await omx_on(data_dir, "create", "smol", "-f", str(modelfile))
+    assert made.code == 0, made.err
+    ended = await omx_on(data_dir, "run", "smol", "Name a colour.", "--json", **settings)
+    assert ended.code == 0, ended.err
+    start, *deltas, done = [json.loads(line) for line in ended.out.splitlines()]
+    assert (start["node"], start["backend"]) == ("kitchen", "embedded")
+    assert "".join(each["line"]["response"] for each in deltas).strip()
+    assert 1 <= done["line"]["eval_count"] <= 6
+    assert not (data_dir / "node.json").exists()
+    assert (await omx_on(data_dir, "ps")).code == 4, "it is gone with its command"
