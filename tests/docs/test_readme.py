@@ -38,7 +38,7 @@ def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "0 bytes from 0 sources"
     assert done.stdout.splitlines()[1].startswith("smollm2:135m ")
-    assert re.search("hello", done.stdout.partition("\n")[2], re.IGNORECASE)
+    assert len("".join(done.stdout.splitlines()[2:]).split()) >= 2, "the model said nothing"
 
 
 def test_every_command_it_names_exists() -> None:
