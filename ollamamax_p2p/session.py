@@ -147,7 +147,7 @@ async def open_session(
             host,
             engines.backends,
             config.router,
-            _around(config, connections, engines, wall_clock),
+            _around(config, membership, cluster, connections, engines, wall_clock),
             rng=rng,
         ) as router,
     ):
@@ -159,6 +159,8 @@ async def open_session(
 
 def _around(
     config: NodeConfig,
+    membership: Membership,
+    cluster: Cluster | None,
     connections: Connections,
     engines: Engines,
     wall_clock: Callable[[], float],
@@ -166,12 +168,19 @@ def _around(
     def linked() -> list[PeerId]:
         return [status.peer for status in connections.peers()]
 
+    def is_member(peer: str) -> bool:
+        # Nobody's questions go to a stranger's machine, and no stranger uses this one's.
+        return not membership.is_open or (
+            cluster is not None and (peer == cluster.peer_id or cluster.is_member(PeerId(peer)))
+        )
+
     return Surroundings(
         name=printable_name(config.name),
         region=config.cluster.region,
         epoch=int(wall_clock() * 1000),
         linked=linked,
         connect=connections.reach_peer,
+        is_member=is_member,
         show=engines.show,
         pull=engines.pull,
         memory=Machine().memory,

@@ -19,6 +19,7 @@ from ollamamax_p2p.errors import (
     BackendUnavailable,
     BadInput,
     ModelNotFound,
+    NotAdmitted,
     OmxError,
     PeerNotFound,
     first_named,
@@ -96,7 +97,9 @@ class Surroundings:
     connect: Callable[[PeerId], Awaitable[None]]
     """Be connected to a member. Raises NetworkTrouble, PeerNotFound."""
     is_member: Callable[[str], bool] = lambda peer: True
-    """Whose reports are believed when others tell them."""
+    """Whose requests are answered, and whose reports believed. All that the door lets in, but in an
+    open swarm, where that is everybody.
+    """
     show: Show
     """What a model of this node is made of."""
     pull: Callable[[str], Awaitable[None]]
@@ -131,6 +134,8 @@ async def open_router(
     desk = Desk(backends, show=around.show, draining=around.draining)
 
     async def serve(peer: PeerId, request: AnyAsk, terms: Terms, emit: Emit) -> None:
+        if not around.is_member(str(peer)):
+            raise NotAdmitted(str(peer), "it is no member of this node's cluster")
         await desk.serve(request, terms, emit)
         if isinstance(request, DrainRequest):
             around.on_draining(desk.draining)

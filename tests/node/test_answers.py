@@ -6,8 +6,15 @@ import pytest
 import trio
 
 from ollamamax_p2p import Call, ChatMessage, ChatRequest, Node, Options
-from ollamamax_p2p.errors import ModelNotFound, NoCandidate, PeerNotFound, SwarmChanging
+from ollamamax_p2p.errors import (
+    ModelNotFound,
+    NoCandidate,
+    PeerNotFound,
+    PeerUnreachable,
+    SwarmChanging,
+)
 from ollamamax_p2p.inference import ServableModel
+from ollamamax_p2p.router.core.messages import Terms
 from ollamamax_p2p.testing import Script, ScriptedBackend, whole_answer
 from tests.node.nodes import model_file, node_at, until
 
@@ -141,3 +148,26 @@ async def test_a_drained_node_is_left_alone_also_after_it_moved(tmp_path):
                     return
                 except NoCandidate:
                     await trio.sleep(0.1)
+
+
+async def test_in_an_open_swarm_strangers_neither_use_an_engine_nor_are_asked(tmp_path):
+    async with (
+        node_at(tmp_path / "a", name="a", open_swarm=True, backends=[scripted()]) as a,
+        node_at(tmp_path / "m", name="m", open_swarm=True) as member,
+        node_at(tmp_path / "s", name="s", open_swarm=True) as stranger,
+    ):
+        await member.join([(await a.invite()).ticket])
+        await stranger.join([str(a.addresses[0])])
+        assert await asked(member) == expected()
+        with pytest.raises(ModelNotFound):
+            await asked(stranger)
+        # Nor if it asks without being told that there is anything.
+        router, taken = stranger._now.router, []
+
+        async def take(event: object) -> None:
+            taken.append(event)
+
+        request = ChatRequest(model="tiny", messages=(ChatMessage(role="user", content=QUESTION),))
+        with pytest.raises(PeerUnreachable, match="its own log tells why"):
+            await router._forwarding.run(a.peer_id, request, Terms(), take)
+        assert taken == []
