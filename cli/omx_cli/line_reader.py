@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
+from omx_cli.running import Interrupted
+
 PROMPT = ">>> "
 CONTINUED = "... "
 QUOTES = '"""'
@@ -33,10 +35,17 @@ def open_line_reader(history: Path, *, keeps_history: bool = True) -> Iterator["
     """
     reader = LineReader(history, keeps_history)
     before = signal.signal(signal.SIGINT, reader._on_ctrl_c)
+    before_term = signal.signal(signal.SIGTERM, _end)
     try:
         yield reader
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, before_term)
+
+
+def _end(number: int, frame: object) -> None:
+    """SIGTERM ends the conversation in order: a node of its own is closed."""
+    raise Interrupted("interrupted")
 
 
 class LineReader:

@@ -19,8 +19,8 @@ it is `{"error": …, "code": …}`, with the codes of [errors](errors.md). `OMX
 traceback. Settings that have no flag are in [settings](settings.md).
 
 Commands that need only this machine's models (`list`, `show`, `cp`, `rm`, `import`, `create`),
-`pull` and `push` use the node that runs on the data folder; where none runs they open one for as
-long as they take.
+`pull`, `push`, `run` and `embed` use the node that runs on the data folder; where none runs they
+open one for as long as they take.
 """
 
 
@@ -66,7 +66,7 @@ def _entries(command: Any) -> str:
 def _entry(option: Any) -> str:
     names = ", ".join(f"`{name}`" for name in reversed(option.opts))
     value = "" if option.is_flag else f" {option.metavar or 'N'}"
-    default = "" if option.default in (None, False) else f" Default: {option.default}."
+    default = "" if option.default in (None, False, "") else f" Default: {option.default}."
     return f"- {names}{value}: {option.help}{default}\n"
 
 

@@ -1,5 +1,6 @@
 """LocalClient and RequestClient against a served node that answers questions."""
 
+import socket
 from contextlib import suppress
 from functools import partial
 
@@ -214,6 +215,15 @@ async def test_what_listens_there_may_be_no_node():
             async with LocalClient(f"127.0.0.1:{port}", "token").connect():
                 pass
         nursery.cancel_scope.cancel()
+
+
+async def test_where_nobody_listens_no_node_runs():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen: nobody else gets the port meanwhile
+        client = LocalClient(f"127.0.0.1:{taken.getsockname()[1]}", "token")
+        for opened in (client.connect(), client.events()):
+            with pytest.raises(NodeNotRunning):
+                await opened.__aenter__()
 
 
 @pytest.mark.parametrize("said", ["no json", '{"type": 7}', '{"id":"1","type":"delta"}'])

@@ -24,7 +24,8 @@ def own_environment(monkeypatch, tmp_path):
 def test_help_lists_every_command():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    names = "up join invite pull import create list show cp rm peers status stop leave events"
+    names = "up join invite pull import create list show cp rm peers status stop leave events "
+    names += "run ps load embed drain undrain top"
     for command in [*names.split(" "), "doctor", "version", "config", "cluster"]:
         assert f"\n  {command} " in result.output
 
@@ -252,7 +253,7 @@ SLOW_MODULES = {
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("line", [["--help"], ["pull", "--help"], ["--version"]])
+@pytest.mark.parametrize("line", [["--help"], ["run", "--help"], ["--version"]])
 def test_help_loads_nothing_slow(line, tmp_path):
     script = (
         "import sys\nfrom omx_cli.main import run\n"

@@ -277,6 +277,14 @@ class Terminal:
                 return self.wait_for(text)
         raise AssertionError(f"nothing came; there is {self.shown!r}")
 
+    def signal_until_it_ends(self, number: int) -> None:
+        """Again where nothing happens, for the same reason."""
+        for _ in range(10):
+            self.process.send_signal(number)
+            ready, _, _ = select.select([self._ours], [], [], 2)
+            if ready:
+                return
+
     def code(self) -> int:
         return self.process.wait(30)
 
@@ -351,11 +359,21 @@ def test_ctrl_c_stops_an_answer_then_a_line_and_twice_at_an_empty_one_leaves(tal
         assert terminal.code() == 0
 
 
-def test_ctrl_d_leaves_and_sigterm_ends_an_answer_and_the_conversation(talking):
+def test_ctrl_d_leaves(talking):
     with at_terminal(talking.data_dir, "run", "tiny") as terminal:
         terminal.wait_for(">>> ")
         terminal.write("\x04")
         assert terminal.code() == 0
+
+
+def test_sigterm_ends_the_conversation_at_the_prompt_and_in_an_answer(talking):
+    with at_terminal(talking.data_dir, "run", "tiny") as terminal:
+        terminal.wait_for(">>> ")
+        terminal.write("x")
+        terminal.wait_for("x")
+        terminal.signal_until_it_ends(signal.SIGTERM)
+        terminal.wait_for("Error: interrupted")
+        assert terminal.code() == 130
     talking.script(token_s=0.05)
     with at_terminal(talking.data_dir, "run", "tiny") as terminal:
         terminal.wait_for(">>> ")
