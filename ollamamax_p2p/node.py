@@ -331,6 +331,7 @@ class Node:
 
     async def peers(self) -> tuple[PeerInfo, ...]:
         """The members connected now."""
+        lies = self._now.transfer.bans.reasons()
         return tuple(
             PeerInfo(
                 peer_id=status.peer,
@@ -339,6 +340,7 @@ class Node:
                 member=True,
                 name=status.agent.partition(" ")[2],
                 round_trip_ms=None if status.rtt_s is None else status.rtt_s * 1000,
+                banned=lies.get(status.peer, ""),
             )
             for status in self._now.connections.peers()
         )

@@ -320,6 +320,8 @@ def peers(
 def _peer_row(peer: "PeerInfo") -> list[str]:
     round_trip = "-" if peer.round_trip_ms is None else f"{peer.round_trip_ms:.1f} ms"
     member = "yes" if peer.member else "no"
+    if peer.banned:
+        member = f"{member}; banned: {peer.banned}"
     return [short_peer(peer.peer_id), peer.name or "-", peer.address or "-", round_trip, member]
 
 

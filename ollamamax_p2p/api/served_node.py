@@ -78,6 +78,8 @@ class PeerInfo:
     name: str = ""
     """What it calls itself; not verified."""
     round_trip_ms: float | None = None
+    banned: str = ""
+    """What it lied about, if it did: no model is fetched from it any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

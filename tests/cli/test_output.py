@@ -1,5 +1,6 @@
 """What people read: sizes, ages, tables, and the lines of a pull."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -8,11 +9,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.live import Live
 
+from ollamamax_p2p import PeerInfo
 from ollamamax_p2p.errors import OmxError
 from ollamamax_p2p.transfer import PullProgress, PullReport, SourceShare
 from omx_cli.exit_codes import exit_code
 from omx_cli.output import duration, human_age, human_bytes, say, short_peer, table
 from omx_cli.progress import BlobLine, LogView, TerminalView, bar, blob_text, report_line
+from omx_cli.swarm_commands import _peer_row
 
 PEER = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -202,3 +205,11 @@ def test_every_error_has_an_exit_code():
     assert codes["OriginRefused"] == 5
     assert codes["WrongChunk"] == codes["DigestMismatch"] == 6
     assert set(codes.values()) == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_peer_that_lied_is_shown_with_its_lie():
+    liar = PeerInfo(
+        peer_id=PEER, address="", inbound=True, member=True, banned="it sent a wrong chunk"
+    )
+    assert _peer_row(liar)[-1] == "yes; banned: it sent a wrong chunk"
+    assert _peer_row(replace(liar, banned=""))[-1] == "yes"
