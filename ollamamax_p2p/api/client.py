@@ -326,7 +326,7 @@ class LocalClient:
             answer = _Answer(stream, self._where)
             await answer.ask(self._head(method, path, body), msgspec.json.encode(body))
             if answer.status != 200:
-                raise self._error(answer.status, await answer.everything())
+                raise self._error(path, answer.status, await answer.everything())
             yield answer
 
     async def _connected(self) -> trio.SocketStream:
@@ -348,15 +348,17 @@ class LocalClient:
         target = path if path.startswith(OLLAMAS) else f"/omx/v1{path}"
         return h11.Request(method=method, target=target, headers=headers)
 
-    def _error(self, status: int, raw: bytes) -> OmxError:
+    def _error(self, path: str, status: int, raw: bytes) -> OmxError:
         try:
             found = msgspec.json.decode(raw, type=_Told)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return self._refused(status)
         if status == 401:
             return self._refused(status)
-        if not found.code:  # Ollama's shape
+        if not found.code and path.startswith(OLLAMAS):
             return error_of_status(status, found.error)
+        if not found.code:
+            return self._refused(status)
         return errors.restored(found.code, found.error)
 
     def _no_websocket(self, error: Exception) -> OmxError:
