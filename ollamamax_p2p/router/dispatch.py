@@ -516,6 +516,8 @@ class RoutedAnswer:
         self._tokens: list[int] = []
         self._tokens_known = True
         self._deltas = 0
+        self._asked_at = trio.current_time()
+        self._first_at = 0.0
 
     @property
     def server(self) -> Server:
@@ -611,6 +613,7 @@ class RoutedAnswer:
                 await trio.sleep_forever()  # the other was first; this one is being cancelled
             if isinstance(event, Finish):
                 finish.append(event)
+                event = self._of_the_whole(event)
             self._note(event)
             # Who reads slowly is not a candidate that hangs.
             patience.deadline = float("inf")
@@ -635,6 +638,18 @@ class RoutedAnswer:
             raise BackendUnavailable(key.backend, "it gave nothing for too long")
         return finish[0] if finish else None
 
+    def _of_the_whole(self, finish: Finish) -> Finish:
+        """The end of an answer that moved: the last engine timed its own part only."""
+        if len(self.servers) < 2:
+            return finish
+        now = trio.current_time()
+        usage = msgspec.structs.replace(
+            finish.usage,
+            completion_ns=int((now - self._first_at) * 1e9),
+            total_ns=int((now - self._asked_at) * 1e9),
+        )
+        return msgspec.structs.replace(finish, usage=usage)
+
     def _time_left_s(self) -> float | None:
         """Of what the client gives until the answer begins."""
         if self._facts.begin_by is None or self.servers:
@@ -653,6 +668,7 @@ class RoutedAnswer:
         if self._winner is None:
             self._winner = choice.attempt
             self._router._chooser.first_part(choice.attempt, now=trio.current_time())
+            self._first_at = self._first_at or trio.current_time()
             self.servers = (*self.servers, server)
             for number, scope in self._attempts.items():
                 if number != choice.attempt:
