@@ -52,6 +52,7 @@ IN_FLIGHT = (1, 16, 128)
 STREAMS, STREAM_CHUNKS = 16, 500
 SLOW_STREAMS = 1000
 READY_S = 60.0
+TICKET_TRIES = 10
 NODE_SLOTS = 2048
 """Of the stub: nothing is to wait for a place."""
 
@@ -162,13 +163,18 @@ def node(folder: Path, *command: str, **more: str) -> Iterator[tuple[System, dic
 
 
 def ticket_of(settings: dict[str, str]) -> str:
-    """An invitation to the swarm of a node that runs."""
+    """An invitation to the swarm of a node that has just started."""
     line = [sys.executable, "-m", "omx_cli", "invite", "--json"]
-    done = subprocess.run(
-        line, env=os.environ | settings, capture_output=True, text=True, check=True
-    )
-    ticket: str = _said(done.stdout)["ticket"]
-    return ticket
+    for _ in range(TICKET_TRIES):  # at first its cluster may have no leader yet
+        done = subprocess.run(
+            line, env=os.environ | settings, cwd=settings["HOME"], capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if not done.returncode:
+            ticket: str = _said(done.stdout)["ticket"]
+            return ticket
+        time.sleep(1)
+    raise SystemExit(f"omx invite: {done.stderr.strip()}")
 
 
 @contextmanager
