@@ -8,7 +8,7 @@ us hold is bounded by its caller; a server that falls silent is given up.
 import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +28,8 @@ BODY_BYTES_MAX = 256 * 1024 * 1024
 
 CONNECT_TIMEOUT_S = 5.0
 CLOSE_GRACE_S = 1.0
+DRAIN_S = 0.05
+DRAIN_PARTS_MAX = 4
 IDLE_CONNECTIONS_MAX = 16
 IDLE_S = 2.0
 """A connection is kept for the next request. uvicorn and llama.cpp close theirs after 5 s, and a
@@ -114,13 +116,25 @@ class HttpClient:
                 raise BackendUnavailable(
                     self._backend, f"no answer within {begin_timeout_s:g} s"
                 ) from None
-        lines = self._lines(response)
+        parts = response.aiter_stream().__aiter__()
+        lines = self._lines(parts)
         try:
             yield StreamedReply(response.status, lines)
+            await lines.aclose()
+            await self._drain(parts)
         finally:
             await lines.aclose()
             with self._translated():
                 await sending.__aexit__(None, None, None)
+
+    async def _drain(self, parts: AsyncIterator[bytes]) -> None:
+        """Read the end of an answer whose last line was seen, so that its connection is used again:
+        opening another costs more than all else of a request.
+        """
+        with suppress(Exception), trio.move_on_after(DRAIN_S):
+            for _ in range(DRAIN_PARTS_MAX):
+                if await anext(parts, None) is None:
+                    return
 
     async def aclose(self) -> None:
         """End every connection."""
@@ -157,9 +171,8 @@ class HttpClient:
             with _closing():
                 await response.aclose()
 
-    async def _lines(self, response: httpcore2.Response) -> AsyncGenerator[bytes, None]:
+    async def _lines(self, parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         splitter = LineSplitter(max_bytes=LINE_BYTES_MAX)
-        parts = response.aiter_stream().__aiter__()
         while True:
             with self._translated():
                 try:
