@@ -24,7 +24,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -91,7 +90,10 @@ class Load:
 
     def line(self, system: System, **options: Any) -> list[str]:
         given = {"url": system.url, "model": MODEL, **options}
-        told = [f"-{name.replace('_', '-')}={json.dumps(value).strip(chr(34))}" for name, value in given.items()]
+        told = [
+            f"-{name.replace('_', '-')}={json.dumps(value).strip(chr(34))}"
+            for name, value in given.items()
+        ]
         return [str(self._program), "load", *told]
 
     def __call__(self, system: System, **options: Any) -> dict[str, Any]:
@@ -220,15 +222,15 @@ def litellm(folder: Path, venv: Path, stub_port: int) -> Iterator[System]:
 
 
 def wait_until_it_answers(system: System) -> str:
-    """"", or why it does not."""
+    """ "", or why it does not."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": "chunks=1 delay_ms=0"}]}
     request = urllib.request.Request(
         f"{system.url}/chat/completions",
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    until, problem = time.monotonic() + READY_S, ""
-    while time.monotonic() < until:
+    until, problem = time.perf_counter() + READY_S, ""
+    while time.perf_counter() < until:
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:
                 answer.read()
@@ -273,9 +275,7 @@ def measure_streams(figures: Figures, systems: list[System], load: Load, seconds
     """As many chunks as go through; each is a write of its own of the stub's."""
     for system in systems:
         cpu = system.cpu_s()
-        said = load(
-            system, clients=STREAMS, seconds=seconds, stream=True, chunks=STREAM_CHUNKS
-        )
+        said = load(system, clients=STREAMS, seconds=seconds, stream=True, chunks=STREAM_CHUNKS)
         cpu = system.cpu_s() - cpu
         take(figures, f"{system.name}: streamed chunks per s", said["chunks"] / said["seconds"])
         if system.processes:
