@@ -216,7 +216,12 @@ def litellm(folder: Path, venv: Path, stub_port: int) -> Iterator[System]:
         str(venv / "bin" / "litellm"), "--config", str(folder / "config.yaml"), "--host",
         "127.0.0.1", "--port", str(port), "--num_workers", "1", "--telemetry", "False",
     )  # fmt: skip
-    more = {"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_COLOR": "1"}
+    more = {
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # ours asks for none either
+        "LITELLM_LOG": "ERROR",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "NO_COLOR": "1",
+    }
     with running(folder / "stderr.log", *line, **more) as process:
         yield System("LiteLLM", port, process.pid)
 
