@@ -22,6 +22,7 @@ from starlette.applications import Starlette
 
 from ollamamax_p2p.api.accepting import take_connections
 from ollamamax_p2p.api.app import make_app
+from ollamamax_p2p.api.http_connection import HEADER_BYTES_MAX, Connections, serve_connection
 from ollamamax_p2p.api.node_file import NodeFile, new_token, remove_files, write_files
 from ollamamax_p2p.api.served_inference import ServedInference
 from ollamamax_p2p.api.served_node import ServedNode
@@ -34,8 +35,6 @@ _log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
 """How long answers may take to finish when the node stops; streams are ended before."""
-
-HEADER_BYTES_MAX = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +68,17 @@ async def open_api(
         address, token = _shown(listener), new_token()
         async with trio.open_nursery() as nursery:
             accepting = [trio.CancelScope(), trio.CancelScope()]
-            server = WorkerContext(None)
+            sockets, among = WorkerContext(None), Connections()
             async with open_shared_pulls(node) as pulls:
                 make = partial(
                     make_app, node, pulls, token=token, inference=inference, settings=settings
                 )
                 serve = partial(
-                    _serve, server=server, nursery=nursery, most=settings.connections_max
+                    _serve,
+                    among=among,
+                    sockets=sockets,
+                    nursery=nursery,
+                    most=settings.connections_max,
                 )
                 nursery.start_soon(partial(serve, listener, make(), accepting=accepting[0]))
                 if second is not None:
@@ -89,7 +92,8 @@ async def open_api(
                     remove_files(data_dir)  # two unlinks; in a thread, cancelling would skip them
             for scope in accepting:
                 scope.cancel()
-            await server.terminated.set()
+            among.stop()
+            await sockets.terminated.set()
             nursery.cancel_scope.deadline = trio.current_time() + STOP_GRACE_S
 
 
@@ -97,31 +101,34 @@ async def _serve(
     listener: socket.socket,
     app: Starlette,
     *,
-    server: WorkerContext,
+    among: Connections,
+    sockets: WorkerContext,
     nursery: trio.Nursery,
     accepting: trio.CancelScope,
     most: int,
 ) -> None:
     """Take connections until `accepting` is cancelled, `most` at once; those that are open go on in
     the nursery.
+
+    among: of those that speak HTTP. sockets: the same of those that speak WebSocket.
     """
-    config = _server_config()
-    # anycorn.serve would be all this, but its accepting has no bound and ends on any error.
+    config = _websocket_config()
     asgi: Any = app  # two libraries' types of one protocol
     wrapped = wrap_app(asgi, config.wsgi_max_body_size, "asgi")
-    handle = tcp_server_handler(wrapped, config, server, ConnectionState({}))
+    websocket = tcp_server_handler(wrapped, config, sockets, ConnectionState({}))
+
+    async def hand_over(connection: socket.socket, read: bytes) -> None:
+        stream = await anyio.abc.SocketStream.from_socket(connection)
+        await websocket(_BegunStream(stream, read))
 
     connections = _Connections()
 
     async def serve(connection: socket.socket) -> None:
-        try:
+        connection.setblocking(False)
+        with suppress(OSError):  # the client has gone already
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            stream = await anyio.abc.SocketStream.from_socket(connection)
-        except (OSError, ValueError):  # the client has gone already
-            connection.close()
-            return
         with connections.one(connection):
-            await handle(stream)
+            await serve_connection(connection, app, among, hand_over)
 
     with accepting:
         await take_connections(listener, serve, nursery, connections_max=most)
@@ -131,9 +138,26 @@ async def _serve(
         connections.cut()
 
 
+class _BegunStream:
+    """A stream of which a part was read already: read again first."""
+
+    def __init__(self, stream: anyio.abc.SocketStream, read: bytes) -> None:
+        self._stream, self._read = stream, read
+
+    async def receive(self, max_bytes: int = 65_536) -> bytes:
+        """As of the stream."""
+        if self._read:
+            data, self._read = self._read[:max_bytes], self._read[max_bytes:]
+            return data
+        return await self._stream.receive(max_bytes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class _Connections:
-    """Those that are open, so that they can be cut. anycorn shields its writes from being
-    cancelled, and one to a client that reads nothing would never end.
+    """Those that are open, so that they can be cut. anycorn shields its writes to WebSockets from
+    being cancelled, and one to a client that reads nothing would never end.
     """
 
     def __init__(self) -> None:
@@ -208,7 +232,7 @@ def _named(error: OSError, listen: str) -> PortInUse | AccessRefused | BadConfig
     return BadConfig("api.listen", f"cannot listen on {listen} ({error.strerror or error})")
 
 
-def _server_config() -> Config:
+def _websocket_config() -> Config:
     config = Config()
     config.errorlog = logging.getLogger("ollamamax_p2p.api")
     config.include_server_header = False

@@ -34,9 +34,12 @@ class MessageStream(Generic[Sent, Received]):
         """Who is at the other end."""
         return self._stream.peer
 
-    async def send(self, message: Sent) -> None:
-        """Waits while the other side does not read. Raises PeerGone."""
-        frame = encode_frame(self._sends.encode(message), max_bytes=self._sends.max_bytes)
+    async def send(self, *messages: Sent) -> None:
+        """In one write. Waits while the other side does not read. Raises PeerGone."""
+        sends = self._sends
+        frame = b"".join(
+            encode_frame(sends.encode(message), max_bytes=sends.max_bytes) for message in messages
+        )
         async with self._sending:
             # A frame cut in two would garble every later one, so a cancelled send ends the stream.
             whole = False

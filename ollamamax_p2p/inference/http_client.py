@@ -1,19 +1,23 @@
-"""HTTP to engines: the only module here that knows the HTTP library (httpcore2, as in `transfer`).
+"""HTTP to engines: the only module here that knows the HTTP library (h11, on trio's streams).
 
 One client is one server, at a URL or a Unix socket. No redirect is followed, nothing is
 decompressed, no proxy is used: an engine is on this machine or beside it. What an answer may make
 us hold is bounded by its caller; a server that falls silent is given up.
+
+A request is one write, and its connection is used again: httpcore2, which was here before, took
+twice the CPU for it (benchmarks/results.md), a third of what a node took for a small answer.
 """
 
 import os
-import socket
+import select
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpcore2
+import h11
 import msgspec
 import trio
 
@@ -26,9 +30,18 @@ LINE_BYTES_MAX = 8 * 1024 * 1024
 BODY_BYTES_MAX = 256 * 1024 * 1024
 """Of an answer that is read as a whole: 4,096 vectors of 4,096 numbers as text."""
 
+HEAD_BYTES_MAX = 64 * 1024
+READ_BYTES = 64 * 1024
 CONNECT_TIMEOUT_S = 5.0
-CLOSE_GRACE_S = 1.0
-IDLE_CONNECTIONS_MAX = 16
+
+DRAIN_S = 0.05
+"""For the end of an answer whose last line was seen, so that its connection is used again: opening
+another costs more than all else of a small request."""
+
+DRAIN_PARTS_MAX = 4
+IDLE_CONNECTIONS_MAX = 128
+"""As many as answers that one node commonly has under way."""
+
 IDLE_S = 2.0
 """A connection is kept for the next request. uvicorn and llama.cpp close theirs after 5 s, and a
 request that meets that fails."""
@@ -56,43 +69,50 @@ class StreamedReply:
     lines: AsyncGenerator[bytes, None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Server:
+    """Where a client asks."""
+
+    backend: str
+    """Its name in errors."""
+    host: str
+    port: int
+    target: bytes
+    """The path that all requests share."""
+    headers: tuple[tuple[bytes, bytes], ...]
+    tls: ssl.SSLContext | None
+    socket_path: str | None
+
+    @property
+    def place(self) -> str:
+        """As a person knows it."""
+        return self.headers[0][1].decode()
+
+
 class HttpClient:
     """Made by `open_http_client`."""
 
-    def __init__(
-        self,
-        backend: str,
-        base: httpcore2.URL,
-        headers: Mapping[str, str],
-        pool: httpcore2.AsyncConnectionPool,
-        stall_timeout_s: float,
-    ) -> None:
-        self._backend, self._base, self._pool = backend, base, pool
+    def __init__(self, server: _Server, stall_timeout_s: float) -> None:
+        self._server = server
         self.stall_timeout_s = stall_timeout_s
-        host = base.host.decode()
-        self._headers = {
-            "Host": host if base.port is None else f"{host}:{base.port}",
-            "Accept-Encoding": "identity",
-            "User-Agent": "ollamamax-p2p",
-            **headers,
-        }
+        self._idle: list[tuple[float, _Connection]] = []
+        """Since when, the longest first."""
+        self._closed = False
 
     async def ask(self, method: str, path: str, body: object = None, *, timeout_s: float) -> Reply:
         """Ask and read the whole answer. Raises BackendUnavailable, BackendFailed."""
-        with self._translated():
+        with trio.move_on_after(timeout_s):
+            connection, head = await self._sent(method, path, body)
             try:
-                with trio.fail_after(timeout_s):
-                    async with self._sent(method, path, body) as response:
-                        whole = bytearray()
-                        async for part in response.aiter_stream():
-                            whole += part
-                            if len(whole) > BODY_BYTES_MAX:
-                                raise BackendFailed(self._backend, "its answer is too long")
-                        return Reply(response.status, bytes(whole), _server(response))
-            except trio.TooSlowError:
-                raise BackendUnavailable(
-                    self._backend, f"no answer within {timeout_s:g} s"
-                ) from None
+                whole = bytearray()
+                while (part := await connection.part()) is not None:
+                    whole += part
+                    if len(whole) > BODY_BYTES_MAX:
+                        raise BackendFailed(self._server.backend, "its answer is too long")
+            finally:
+                self._release(connection)
+            return Reply(head.status_code, bytes(whole), _called(head))
+        raise BackendUnavailable(self._server.backend, f"no answer within {timeout_s:g} s")
 
     @asynccontextmanager
     async def stream(
@@ -104,103 +124,207 @@ class HttpClient:
         first token; from then on the stall timeout counts.
         Raises BackendUnavailable, BackendFailed; the lines raise the same.
         """
-        # Not `async with` around the yield: what the caller raises there is not ours to translate.
-        sending = self._sent(method, path, body)
-        with self._translated():
-            try:
-                with trio.fail_after(begin_timeout_s):
-                    response = await sending.__aenter__()
-            except trio.TooSlowError:
-                raise BackendUnavailable(
-                    self._backend, f"no answer within {begin_timeout_s:g} s"
-                ) from None
-        lines = self._lines(response)
+        found = None
+        with trio.move_on_after(begin_timeout_s):
+            found = await self._sent(method, path, body)
+        if found is None:
+            raise BackendUnavailable(
+                self._server.backend, f"no answer within {begin_timeout_s:g} s"
+            )
+        connection, head = found
         try:
-            yield StreamedReply(response.status, lines)
+            lines = self._lines(connection)
+            try:
+                yield StreamedReply(head.status_code, lines)
+            finally:
+                await lines.aclose()
+            await connection.drain()
         finally:
-            await lines.aclose()
-            with self._translated():
-                await sending.__aexit__(None, None, None)
+            self._release(connection)
 
-    async def aclose(self) -> None:
-        """End every connection."""
-        with _closing():
-            await self._pool.aclose()
+    def close(self) -> None:
+        """End every connection that is not in use; the others end with what uses them."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop()[1].close()
 
-    @asynccontextmanager
     async def _sent(
         self, method: str, path: str, body: object
-    ) -> AsyncIterator[httpcore2.Response]:
+    ) -> tuple["_Connection", h11.Response]:
         content = b"" if body is None else msgspec.json.encode(body)
-        headers = dict(self._headers)
+        headers = list(self._server.headers)
         if body is not None:
-            headers |= {"Content-Type": "application/json", "Content-Length": str(len(content))}
-        request = httpcore2.Request(
-            method,
-            httpcore2.URL(
-                scheme=self._base.scheme,
-                host=self._base.host,
-                port=self._base.port,
-                target=self._base.target + path.encode(),
-            ),
-            headers=[(name.encode(), value.encode()) for name, value in headers.items()],
-            content=content,
-            extensions={"timeout": {"connect": CONNECT_TIMEOUT_S}},
-        )
-        response = await self._pool.handle_async_request(request)
+            headers.append((b"Content-Type", b"application/json"))
+            headers.append((b"Content-Length", str(len(content)).encode()))
+        target = self._server.target + path.encode()
+        connection = self._kept() or await _connected(self._server)
         try:
-            encodings = [v for name, v in response.headers if name.lower() == b"content-encoding"]
+            head = await connection.ask(
+                h11.Request(method=method, target=target, headers=headers), content
+            )
+            encodings = [v for name, v in head.headers if name == b"content-encoding"]
             if any(value.lower() != b"identity" for value in encodings):
-                raise BackendFailed(self._backend, "its answer is compressed, which was not asked")
-            yield response
-        finally:
-            with _closing():
-                await response.aclose()
+                raise BackendFailed(
+                    self._server.backend, "its answer is compressed, which was not asked"
+                )
+        except BaseException:
+            connection.close()
+            raise
+        return connection, head
 
-    async def _lines(self, response: httpcore2.Response) -> AsyncGenerator[bytes, None]:
+    def _kept(self) -> "_Connection | None":
+        """One that was used before and still stands; the latest, so that the others get old."""
+        while self._idle:
+            since, connection = self._idle.pop()
+            if trio.current_time() - since < IDLE_S and connection.stands():
+                return connection
+            connection.close()
+        return None
+
+    def _release(self, connection: "_Connection") -> None:
+        # A Unix socket costs nothing to open.
+        if self._closed or self._server.socket_path or not connection.begin_anew():
+            connection.close()
+            return
+        now = trio.current_time()
+        self._idle.append((now, connection))
+        while len(self._idle) > IDLE_CONNECTIONS_MAX or now - self._idle[0][0] >= IDLE_S:
+            self._idle.pop(0)[1].close()
+
+    async def _lines(self, connection: "_Connection") -> AsyncGenerator[bytes, None]:
         splitter = LineSplitter(max_bytes=LINE_BYTES_MAX)
-        parts = response.aiter_stream().__aiter__()
         while True:
-            with self._translated():
-                try:
-                    with trio.fail_after(self.stall_timeout_s):
-                        part = await anext(parts, None)
-                except trio.TooSlowError:
-                    raise BackendUnavailable(
-                        self._backend, f"it fell silent for {self.stall_timeout_s:g} s"
-                    ) from None
+            part, came = None, False
+            with trio.CancelScope(deadline=trio.current_time() + self.stall_timeout_s):
+                part, came = await connection.part(), True
+            if not came:
+                raise BackendUnavailable(
+                    self._server.backend, f"it fell silent for {self.stall_timeout_s:g} s"
+                )
+            try:
                 lines = splitter.end() if part is None else splitter.feed(part)
+            except LineTooLong:
+                raise BackendFailed(self._server.backend, "it sent a line without an end") from None
             for line in lines:
                 yield line
             if part is None:
                 return
 
-    @contextmanager
-    def _translated(self) -> Any:
-        try:
-            yield
-        except LineTooLong:
-            raise BackendFailed(self._backend, "it sent a line without an end") from None
-        except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
-            raise BackendUnavailable(
-                self._backend, f"cannot connect to {self._place} ({_reason(error)}); is it running?"
-            ) from None
-        except (httpcore2.RemoteProtocolError, httpcore2.LocalProtocolError) as error:
-            if "disconnected" in str(error) or "closed" in str(error):
+
+class _Connection:
+    """One connection; carries one request at a time."""
+
+    def __init__(self, server: _Server, plain: trio.SocketStream, stream: trio.abc.Stream) -> None:
+        """stream: what is spoken over; `plain` itself, or TLS on it."""
+        self._backend = server.backend
+        self._plain, self._stream = plain, stream
+        self._framing = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_BYTES_MAX)
+
+    async def ask(self, request: h11.Request, body: bytes) -> h11.Response:
+        """Send a request; returns the head of its answer."""
+        framing = self._framing
+        data = framing.send(request) or b""
+        if body:
+            data += framing.send(h11.Data(data=body)) or b""
+        data += framing.send(h11.EndOfMessage()) or b""
+        # A server may refuse a long body before it has read it: its answer tells why.
+        with suppress(trio.BrokenResourceError):
+            await self._stream.send_all(data)
+        while not isinstance(event := await self._next(), h11.Response):
+            if not isinstance(event, h11.InformationalResponse):
                 raise BackendUnavailable(
                     self._backend, "the connection ended before the answer did"
-                ) from None
-            raise BackendFailed(
-                self._backend, f"what it answers is no HTTP ({_reason(error)})"
-            ) from None
-        except (httpcore2.NetworkError, httpcore2.TimeoutException) as error:
-            raise BackendUnavailable(
-                self._backend, f"the connection broke ({_reason(error)})"
-            ) from None
+                )
+        return event
 
-    @property
-    def _place(self) -> str:
-        return self._headers["Host"] if self._base.port else self._base.host.decode()
+    async def part(self) -> bytes | None:
+        """Of the answer's body, whatever is there; None: it is whole."""
+        framing, found = self._framing, list[bytes]()
+        if framing.their_state is h11.DONE:
+            return None
+        event = await self._next()
+        while isinstance(event, h11.Data):
+            found.append(event.data)
+            if (event := self._at_hand()) is h11.NEED_DATA:
+                break
+        return b"".join(found) if found else None
+
+    async def drain(self) -> None:
+        """Read the end of an answer, if it is there or comes at once."""
+        with suppress(BackendUnavailable, BackendFailed), trio.move_on_after(DRAIN_S):
+            for _ in range(DRAIN_PARTS_MAX):
+                if await self.part() is None:
+                    return
+
+    def begin_anew(self) -> bool:
+        """Whether another request can follow."""
+        framing = self._framing
+        if (framing.our_state, framing.their_state) != (h11.DONE, h11.DONE):
+            return False
+        framing.start_next_cycle()
+        return not framing.trailing_data[0]
+
+    def stands(self) -> bool:
+        """Whether the server has neither ended it nor said anything unasked."""
+        poll = select.poll()
+        poll.register(self._plain.socket.fileno(), select.POLLIN)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        """At once; nothing waits to be sent."""
+        self._plain.socket.close()
+
+    async def _next(self) -> Any:
+        """The next event; reads until there is one."""
+        while (event := self._at_hand()) is h11.NEED_DATA:
+            try:
+                data = await self._stream.receive_some(READ_BYTES)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                problem = f"the connection broke ({_reason(error)})"
+                raise BackendUnavailable(self._backend, problem) from None
+            if not data and self._framing.their_state is h11.SEND_RESPONSE:
+                raise BackendUnavailable(
+                    self._backend, "the connection ended before the answer did"
+                )
+            self._framing.receive_data(bytes(data))
+        return event
+
+    def _at_hand(self) -> Any:
+        """The next event of what was read."""
+        try:
+            return self._framing.next_event()
+        except h11.RemoteProtocolError as error:
+            if "closed" in str(error):
+                problem = "the connection ended before the answer did"
+                raise BackendUnavailable(self._backend, problem) from None
+            problem = f"what it answers is no HTTP ({_reason(error)})"
+            raise BackendFailed(self._backend, problem) from None
+
+
+async def _connected(server: _Server) -> _Connection:
+    plain: trio.SocketStream | None = None
+    stream: trio.abc.Stream
+    try:
+        with trio.fail_after(CONNECT_TIMEOUT_S):
+            if server.socket_path is not None:
+                plain = stream = await trio.open_unix_socket(server.socket_path)
+            else:
+                plain = stream = await trio.open_tcp_stream(server.host, server.port)
+            if server.tls is not None:
+                stream = trio.SSLStream(
+                    plain, server.tls, server_hostname=server.host, https_compatible=True
+                )
+                await stream.do_handshake()
+        return _Connection(server, plain, stream)
+    except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
+        if plain is not None:
+            plain.socket.close()
+        problem = f"cannot connect to {server.place} ({_reason(error)}); is it running?"
+        raise BackendUnavailable(server.backend, problem) from None
+    except trio.Cancelled:
+        if plain is not None:
+            plain.socket.close()
+        raise
 
 
 @asynccontextmanager
@@ -218,29 +342,30 @@ async def open_http_client(
     headers: sent with each request; may hold a secret. socket_path: a Unix socket instead of TCP.
     Raises BadConfig.
     """
-    base = _parsed(backend, url)
+    scheme, host, port, path = _parsed(backend, url)
     # Reading the system's certificates takes 0.1 s, too long for the event loop.
-    context = (
-        await trio.to_thread.run_sync(httpcore2.default_ssl_context)
-        if base.scheme == b"https"
-        else None
+    context = await trio.to_thread.run_sync(_tls) if scheme == "https" else None
+    shown = f"[{host}]" if ":" in host else host
+    sent = {
+        "Host": shown if port is None else f"{shown}:{port}",
+        "Accept-Encoding": "identity",
+        "User-Agent": "ollamamax-p2p",
+        **(headers or {}),
+    }
+    server = _Server(
+        backend=backend,
+        host=host,
+        port=port or (80 if context is None else 443),
+        target=path.encode(),
+        headers=tuple((name.encode(), value.encode()) for name, value in sent.items()),
+        tls=context,
+        socket_path=socket_path,
     )
-    pool = httpcore2.AsyncConnectionPool(
-        ssl_context=context,
-        uds=socket_path,
-        # The callers bound what runs at once; a bound here would only hide waiting.
-        max_connections=None,
-        # A Unix socket costs nothing to open.
-        max_keepalive_connections=0 if socket_path else IDLE_CONNECTIONS_MAX,
-        keepalive_expiry=IDLE_S,
-        # Without it each small request waits for the server's delayed acknowledgement.
-        socket_options=None if socket_path else [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
-    )
-    client = HttpClient(backend, base, headers or {}, pool, stall_timeout_s)
+    client = HttpClient(server, stall_timeout_s)
     try:
         yield client
     finally:
-        await client.aclose()
+        client.close()
 
 
 def decode_json(data: bytes) -> Any:
@@ -257,7 +382,16 @@ def host_and_port(url: str) -> str:
     return parts.netloc.rpartition("@")[2]
 
 
-def _parsed(backend: str, url: str) -> httpcore2.URL:
+def _tls() -> ssl.SSLContext:
+    import httpcore2  # knows where each system has its certificates, and takes a while to import
+
+    context = httpcore2.default_ssl_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _parsed(backend: str, url: str) -> tuple[str, str, int | None, str]:
+    """Scheme, host, port and path."""
     parts = urlsplit(url)
     try:
         port = parts.port
@@ -267,23 +401,12 @@ def _parsed(backend: str, url: str) -> httpcore2.URL:
         raise BadConfig(f"inference: {backend}", "give a URL as http://host:port")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise BadConfig(f"inference: {backend}", "give its URL without user, query and fragment")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return httpcore2.URL(
-        scheme=parts.scheme.encode(),
-        host=host.encode(),
-        port=port,
-        target=parts.path.rstrip("/").encode(),
-    )
+    return parts.scheme, parts.hostname, port, parts.path.rstrip("/")
 
 
-def _server(response: httpcore2.Response) -> str:
-    values = (value for name, value in response.headers if name.lower() == b"server")
+def _called(head: h11.Response) -> str:
+    values = (value for name, value in head.headers if name == b"server")
     return next(values, b"").decode("latin-1")
-
-
-def _closing() -> trio.CancelScope:
-    """Clean-up goes on when the task is cancelled, but not for long."""
-    return trio.CancelScope(deadline=trio.current_time() + CLOSE_GRACE_S, shield=True)
 
 
 def _reason(error: BaseException) -> str:

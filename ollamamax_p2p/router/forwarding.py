@@ -10,7 +10,7 @@ request-forwarding.md tells the conversation, `core.messages` has the messages.
 import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -36,7 +36,7 @@ from ollamamax_p2p.errors import (
 )
 from ollamamax_p2p.host import ByteStream, MessageStream, PeerHost
 from ollamamax_p2p.identity import PeerId
-from ollamamax_p2p.inference.core.requests import REQUEST_BYTES_MAX
+from ollamamax_p2p.inference.core.requests import REQUEST_BYTES_MAX, Delta
 from ollamamax_p2p.router.core.messages import (
     CREDIT_BYTES,
     EVENTS_BYTES_MAX,
@@ -44,6 +44,7 @@ from ollamamax_p2p.router.core.messages import (
     PIECE_BYTES,
     Alive,
     AnyAsk,
+    Begun,
     Cancel,
     Credit,
     Event,
@@ -83,6 +84,7 @@ SILENCE_S = 3.0
 """A peer that says nothing for this long while it owes an answer is given up."""
 
 OUTBOX_MAX = 64
+WRITE_MESSAGES_MAX = 16
 
 Emit = Callable[[Event], Awaitable[None]]
 """Takes what happens to a request, in order; waits while the reader is behind."""
@@ -145,13 +147,16 @@ class _Outbox(Generic[M]):
         self._waiting.clear()
         self._writers.unpark_all()
 
-    async def write_to(self, send: Callable[[M], Awaitable[None]]) -> None:
-        """Until cancelled, or until `send` raises."""
+    async def write_to(self, send: Callable[..., Awaitable[None]]) -> None:
+        """Until cancelled, or until `send` raises. What waits together is sent together, up to
+        WRITE_MESSAGES_MAX: a write through libp2p costs more than what is in it.
+        """
         while True:
             while self._waiting:
-                message = self._waiting.popleft()
-                self._writers.unpark()
-                await send(message)
+                count = min(len(self._waiting), WRITE_MESSAGES_MAX)
+                messages = [self._waiting.popleft() for _ in range(count)]
+                self._writers.unpark(count=count)
+                await send(*messages)
             self._filled = trio.Event()
             await self._filled.wait()
 
@@ -487,12 +492,19 @@ class _Answering:
     async def _relay(
         self, number: int, call: _Served, receive: trio.MemoryReceiveChannel[Event]
     ) -> None:
-        """What is ready together travels together; the first goes at once."""
+        """What comes within BATCH_S of the last batch travels with the next; the first delta and
+        the end go at once.
+        """
         sent_at = -BATCH_S
         async with receive:
             async for event in receive:
-                await trio.sleep_until(sent_at + BATCH_S)
-                batch = [event, *_ready(receive)]
+                batch = [event]
+                # Whoever asked waits for what comes after Begun, not for that.
+                since = trio.current_time() if isinstance(event, Begun) else sent_at
+                with trio.CancelScope(deadline=since + BATCH_S), suppress(trio.EndOfChannel):
+                    while _may_wait(batch[-1], sent_at) and len(batch) < EVENTS_WAITING_MAX:
+                        batch.append(await receive.receive())
+                batch += _ready(receive)
                 data = events_codec.encode(tuple(batch))
                 for start in range(0, len(data), PIECE_BYTES):
                     piece = data[start : start + PIECE_BYTES]
@@ -500,6 +512,12 @@ class _Answering:
                     more = start + PIECE_BYTES < len(data)
                     await self._outbox.put(News(number=number, data=piece, more=more))
                 sent_at = trio.current_time()
+
+
+def _may_wait(event: Event, sent_at: float) -> bool:
+    if isinstance(event, Delta):
+        return trio.current_time() < sent_at + BATCH_S
+    return isinstance(event, Begun)
 
 
 def _ready(receive: trio.MemoryReceiveChannel[Event]) -> list[Event]:

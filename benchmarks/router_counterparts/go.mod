@@ -1,0 +1,3 @@
+module router_counterparts
+
+go 1.21
