@@ -103,6 +103,25 @@ async def test_every_delta_carries_the_tokens_of_its_text_also_within_a_characte
             assert end.usage.completion_tokens == finish.usage.completion_tokens
 
 
+async def test_an_answer_is_gone_on_with_as_it_was_begun_however_much_there_is_to_read(tmp_path):
+    # Found by killing nodes: reading 64 tokens and more at once rounds otherwise than writing them.
+    options = replace_options(num_predict=40)
+    question = chat("1 + 1 = 2, 2 + 2 = 4, 3 + 3 =", options=options)
+    async with opened(tmp_path, slots=1) as backend:
+        deltas, finish = await whole(backend, question)
+        for cut in range(20, len(deltas), 6):
+            # The engine has nothing of it in its cache, as where it never was.
+            await whole(backend, raw("Elsewhere", options=replace_options(num_predict=1)))
+            resume = Resume(
+                text=text_of(deltas[:cut]),
+                tokens=tuple(token for delta in deltas[:cut] for token in delta.tokens),
+                completion_tokens=sum(len(delta.tokens) for delta in deltas[:cut]),
+            )
+            rest, end = await whole(backend, msgspec.structs.replace(question, resume=resume))
+            assert text_of(deltas[:cut] + rest) == text_of(deltas)
+            assert end.usage.completion_tokens == finish.usage.completion_tokens
+
+
 def replace_options(**fields) -> Options:
     return Options(temperature=0.0, **fields)
 

@@ -188,18 +188,14 @@ class DyingSwarm:
         """All of them, three with the model."""
         alice, bob, carol = self.holders.values()
         await alice.start("up")
-        print(time.perf_counter(),"alice")
         await alice.client.import_model(gguf, MODEL)
-        print(time.perf_counter(),"imported")
         ticket = (await alice.client.invite(uses=3, expires_s=600)).ticket
         async with trio.open_nursery() as nursery:
             for node in (bob, carol, self.asker):
                 nursery.start_soon(node.start, "join", ticket)
-        print(time.perf_counter(),"joined")
         async with trio.open_nursery() as nursery:
             for node in (bob, carol):
                 nursery.start_soon(node.client.pull, MODEL)
-        print(time.perf_counter(),"pulled")
         await self.all_linked()
 
     async def end(self) -> None:
