@@ -14,7 +14,9 @@ import re
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from email.utils import formatdate
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -313,4 +315,9 @@ def _as_read(head: h11.Request) -> bytes:
 
 
 def _date() -> tuple[bytes, bytes]:
-    return b"date", formatdate(usegmt=True).encode()
+    return _date_at(int(datetime.now(UTC).timestamp()))
+
+
+@lru_cache(maxsize=1)
+def _date_at(unix_s: int) -> tuple[bytes, bytes]:
+    return b"date", formatdate(unix_s, usegmt=True).encode()

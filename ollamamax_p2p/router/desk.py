@@ -116,9 +116,10 @@ class Desk:
                 await emit(vectors)
             else:
                 async with backend.answer(request) as parts:
+                    begun = False
                     async for part in parts:
-                        # It has begun: from here on it may take as long as it takes.
-                        patience.deadline = float("inf")
+                        if not begun:  # from here on it may take as long as it takes
+                            begun, patience.deadline = True, float("inf")
                         if isinstance(part, Delta):
                             self.tokens += max(len(part.tokens), 1)
                         await emit(part)

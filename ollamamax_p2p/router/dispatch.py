@@ -70,6 +70,9 @@ from ollamamax_p2p.router.settings import RouterSettings
 EVENTS_WAITING_MAX = 64
 """Of one answer, between whoever gives it and whoever reads it; beyond it the giver waits."""
 
+DEADLINE_STEP_S = 0.25
+"""How much too early an answer may be given up that had begun; the timeout is in seconds."""
+
 FIRST_REPORT_S = 3.0
 """For a peer that was just met to tell what it holds; until then a model may yet be found."""
 
@@ -485,7 +488,8 @@ class Router:
         await self._forwarding.run(node, request, terms, emit)
 
     def _something_happened(self) -> None:
-        self._changed.set()
+        if self._waiting:  # else nobody is to be woken
+            self._changed.set()
 
 
 class RoutedAnswer:
@@ -531,7 +535,17 @@ class RoutedAnswer:
                 yield event
 
     async def _events(self) -> AsyncIterator[Event]:
-        async for event in self._receive:
+        while True:
+            # What came in one burst goes on in one turn of the event loop, and in one write.
+            try:
+                event = self._receive.receive_nowait()
+            except trio.WouldBlock:
+                try:
+                    event = await self._receive.receive()
+                except trio.EndOfChannel:
+                    break
+            except trio.EndOfChannel:
+                break
             yield event
         if self._error is not None:
             raise self._error
@@ -599,7 +613,8 @@ class RoutedAnswer:
         self._send.close()
 
     async def _try(self, choice: Choice) -> Finish | None:
-        await trio.sleep(choice.after_s)
+        if choice.after_s:
+            await trio.sleep(choice.after_s)
         key = choice.candidate.key
         settings = self._router._settings
         patience = trio.CancelScope(deadline=trio.current_time() + choice.first_part_within_s)
@@ -615,10 +630,16 @@ class RoutedAnswer:
                 finish.append(event)
                 event = self._of_the_whole(event)
             self._note(event)
-            # Who reads slowly is not a candidate that hangs.
-            patience.deadline = float("inf")
-            await self._send.send(event)
-            patience.deadline = trio.current_time() + settings.next_part_timeout_s
+            try:
+                self._send.send_nowait(event)
+            except trio.WouldBlock:
+                # Who reads slowly is not a candidate that hangs.
+                patience.deadline = float("inf")
+                await self._send.send(event)
+            until = trio.current_time() + settings.next_part_timeout_s
+            # Moving a deadline costs as much as all else here: not for each part.
+            if not until - DEADLINE_STEP_S < patience.deadline <= until:
+                patience.deadline = until
 
         terms = Terms(
             backend=key.backend,

@@ -484,10 +484,17 @@ class _Answering:
             raise BadInput(f"the request cannot be read: {error.problem}") from None
         call.body.clear()
         send, receive = trio.open_memory_channel[Event](EVENTS_WAITING_MAX)
+
+        async def emit(event: Event) -> None:
+            try:
+                send.send_nowait(event)
+            except trio.WouldBlock:
+                await send.send(event)
+
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._relay, number, call, receive)
             async with send:
-                await self._serve(self._peer, request, call.terms, send.send)
+                await self._serve(self._peer, request, call.terms, emit)
 
     async def _relay(
         self, number: int, call: _Served, receive: trio.MemoryReceiveChannel[Event]
