@@ -235,7 +235,7 @@ class DyingSwarm:
         async with trio.open_nursery() as nursery:
 
             def part_came(answer: Answer) -> None:
-                if answer.parts == after_parts and answer is answers[0]:
+                if answer.parts == after_parts and answer is answers[0] and not self._away:
                     nursery.start_soon(kill, answer.node)
 
             for question, answer in zip(asked, answers, strict=True):
@@ -247,7 +247,7 @@ class DyingSwarm:
             for question, answer in zip(asked, answers, strict=True)
             if _difference(answer, self._undisturbed[question])
         )
-        (victim, gone_s) = killed[0]
+        victim, gone_s = killed[0] if killed else ("", 0.0)
         done = Round(
             question=asked[0],
             victim=victim,
