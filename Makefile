@@ -39,10 +39,10 @@ format: $(VENV)/.installed-dev
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-# Many more seeds, rounds of chaos and hostile frames than CI has time for: two hours or so, and then
+# Many more seeds, rounds of chaos, kills and hostile frames than CI has time for: two hours or so, and then
 # Raft's simulation for as long as it is let.
 soak: $(VENV)/.installed-dev
-	@TESTS_CHAOS_ROUNDS=15 TESTS_FUZZED_FRAMES=1000000 $(BIN)/python -m pytest tests/simulation tests/network tests/consensus/test_raft_frames.py tests/consensus/test_hostile_members.py --omx-seeds 500
+	@TESTS_CHAOS_ROUNDS=15 TESTS_STREAM_KILLS=200 TESTS_FUZZED_FRAMES=1000000 $(BIN)/python -m pytest tests/simulation tests/network tests/consensus/test_raft_frames.py tests/consensus/test_hostile_members.py --omx-seeds 500
 	@$(MAKE) --no-print-directory soak-raft
 
 # 10,000 seeds of 20,000 steps: three hours or so on two idle cores. Stopped, it goes on

@@ -77,11 +77,12 @@ THINKING_TEMPLATE = (
 async def add_templated(store: DiskStore, name: str, template: str, folder: Path) -> None:
     """The same weights with another chat template inside."""
     path = folder / "templated.gguf"
-    await trio.to_thread.run_sync(path.write_bytes, _with_template(template))
+    await trio.to_thread.run_sync(path.write_bytes, templated(template))
     await import_model(store, path, parse_model_name(name))
 
 
-def _with_template(template: str) -> bytes:
+def templated(template: str) -> bytes:
+    """Its GGUF file with another chat template inside."""
     data = real_model().read_bytes()
     key = b"tokenizer.chat_template" + (8).to_bytes(4, "little")  # 8: a string
     at = data.index(key) + len(key)
