@@ -151,6 +151,10 @@ class ModelsExchange:
             further = self._welcome(await self._providers.find(model_key(name)))
             others = await self._ask_all([p for p in further if p not in neighbours], name)
             replies |= _only(wanted, others)
+            if not any(replies.values()):
+                # Who is busy may hold it: the only holder, whom many ask at once, for one.
+                silent = [peer for peer in (*neighbours, *further) if peer not in replies]
+                replies |= _only(wanted, await self._ask_all(self._welcome(silent), name))
         if not replies:
             raise NoSources(str(name), "no member of the swarm can be reached; see `omx peers`")
         # Somebody may have been found lying while the others were waited for.

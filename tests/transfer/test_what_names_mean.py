@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 
 import msgpack
 import pytest
+import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +84,22 @@ class TestInASwarm:
             swarm.network.freeze(frozen.host)
             with pytest.raises(NoSources, match="no member of the swarm can be reached"):
                 await me.transfer.pull(NAME)
+
+    async def test_a_holder_that_is_busy_is_asked_again_although_another_says_no(
+        self, autojump_clock, seed
+    ):
+        async with open_swarm(seed) as swarm:
+            busy, _, me = await add_holder(swarm, b"good"), await swarm.add(), await swarm.add()
+            swarm.network.freeze(busy.host)
+
+            async def thaw_later() -> None:
+                await trio.sleep(6)
+                swarm.network.thaw(busy.host)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(thaw_later)
+                report = await me.transfer.pull(NAME)
+            assert report.manifest_digest == model_of(b"good").digest
 
     async def test_an_answer_looks_at_no_other_model(self, autojump_clock, seed):
         class Counting(RamStore):
