@@ -78,6 +78,11 @@ class RouterSettings:
     retry_burst: int = 20
     """Retries that may be saved up: one node's death breaks off all it was answering at once."""
 
+    retry_per_s: float = 1.0
+    """Retries that each second adds to them: where one client asks now and then, its answer goes on
+    elsewhere however often a node dies; a storm is not fed by so few. Finagle allows ten.
+    """
+
     retry_backoff_s: float = 0.05
     """Before the second retry of one request; doubles with each, and is drawn at random from 0 on,
     so that many do not come at once. The first goes elsewhere at once.

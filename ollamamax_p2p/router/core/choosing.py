@@ -222,7 +222,9 @@ class Chooser:
             limit_per_user=settings.queue_per_user_max,
             aging_s=settings.aging_s,
         )
-        self._retries = Budget(ratio=settings.retry_ratio, burst=settings.retry_burst)
+        self._retries = Budget(
+            ratio=settings.retry_ratio, burst=settings.retry_burst, per_s=settings.retry_per_s
+        )
         self._hedges = Budget(ratio=settings.hedge_ratio, burst=HEDGE_BURST)
         self._breakers: dict[CandidateKey, CircuitBreaker] = {}
         self._absent: dict[CandidateKey, float] = {}
@@ -238,8 +240,8 @@ class Chooser:
 
     def choose(self, request: RequestFacts, *, now: float) -> Choice | Wait | Refuse:
         """What becomes of a new request."""
-        self._retries.request()
-        self._hedges.request()
+        self._retries.request(now=now)
+        self._hedges.request(now=now)
         if request.strategy and request.strategy not in STRATEGIES:
             names = ", ".join(STRATEGIES)
             error = BadRequest(f"there is no strategy {request.strategy[:40]!r}; there are {names}")
@@ -333,7 +335,7 @@ class Chooser:
         self._loads_no_more(attempt, found)
         found.call.answered_by = found.candidate
         key = found.candidate.key
-        self._breaker(key).succeeded(now=now)
+        self._breaker(key).first_part(now=now)
         took_s = now - found.began_at
         self._measured.first_part(
             key, took_s=took_s, soonest_s=found.soonest_s, latest_s=found.latest_s, now=now
@@ -342,7 +344,7 @@ class Chooser:
     def ended(self, attempt: int, *, usage: Usage | None = None, now: float) -> None:
         """It came to its end. usage: as the engine told it."""
         found = self._over(attempt, now)
-        self._breaker(found.candidate.key).succeeded(now=now)
+        self._breaker(found.candidate.key).ended()
         if usage is not None and found.first_at is not None:
             self._measured.ended(
                 found.candidate.key,
@@ -369,7 +371,7 @@ class Chooser:
         found = self._over(attempt, now)
         call, key = found.call, found.candidate.key
         if blame(error) == "candidate":
-            self._breaker(key).failed(now=now)
+            self._breaker(key).failed(began=found.first_at is not None, now=now)
             self._state.affinity.forget(key, now=now)
         else:
             self._breaker(key).gave_up(now=now)
@@ -395,7 +397,8 @@ class Chooser:
             problem = f"{error}; an answer of this kind cannot go on elsewhere"
             return Refuse(request=request, error=CannotResume(problem))
         late = call.answered_by is None and now >= call.begin_by
-        if late or call.attempt_count >= self._settings.attempts_max or not self._retries.take():
+        tried_enough = call.attempt_count >= self._settings.attempts_max
+        if late or tried_enough or not self._retries.take(now=now):
             return Refuse(request=request, error=self._told(call, error))
         usable, _ = self._usable(call, now)
         # Whoever was tried already only where there is no other; the one with room before others.
@@ -426,7 +429,7 @@ class Chooser:
             if each.loaded and each.has_slot and each.key not in call.tried and not each.suspect
         ]
         ranked = self._ranked(call.request, free, now)
-        if not ranked or not self._hedges.take():
+        if not ranked or not self._hedges.take(now=now):
             return None
         return self._sent(call, ranked[0], now, is_hedge=True)
 

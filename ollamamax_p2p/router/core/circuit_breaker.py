@@ -6,7 +6,7 @@
 
 Half-open lets one probe through at a time: an ordinary request. A probe that nobody tells the end
 of gives its place back after a while, so that a breaker cannot stay half-open for ever. Whoever
-hangs is told here as a failure, like whoever answers with an error.
+hangs is told here as a failure, like whoever answers with an error, at once or midway.
 """
 
 import random
@@ -31,6 +31,7 @@ class CircuitBreaker:
         self._openings = 0
         """How often it opened since it was last closed."""
         self._probe_until: float | None = None
+        self._on_trial = False
 
     def state(self, *, now: float) -> Literal["closed", "open", "half_open"]:
         """As in the picture above."""
@@ -60,21 +61,34 @@ class CircuitBreaker:
         """A request was cancelled from here: nothing is known; a probe may be made again."""
         self._probe_until = None
 
-    def succeeded(self, *, now: float) -> None:
-        """A request got its first part, or its end."""
+    def first_part(self, *, now: float) -> None:
+        """A request got its first part. That closes it, on trial: until one is answered to the end,
+        a single failure opens it again, for who always breaks off midway begins well each time.
+        """
         if self._open_until is not None and now >= self._open_until:
             self._open_until = None
-            self._openings = 0
+            self._on_trial = True
             self._outcomes.clear()
         self._probe_until = None
         self._outcomes.append((now, True))
 
-    def failed(self, *, now: float) -> None:
-        """A request failed by the candidate's own fault, or hung."""
+    def ended(self) -> None:
+        """A request was answered to the end."""
+        if self._open_until is None:
+            self._on_trial = False
+            self._openings = 0
+
+    def failed(self, *, began: bool = False, now: float) -> None:
+        """A request failed by the candidate's own fault, or hung. began: after its first part."""
+        if began:
+            self._take_back()
         self._outcomes.append((now, False))
         if self._open_until is not None:
             if now >= self._open_until:
                 self._open(now)
+            return
+        if self._on_trial:
+            self._open(now)
             return
         since = now - self._settings.breaker_window_s
         recent = [good for at, good in self._outcomes if at >= since]
@@ -85,6 +99,13 @@ class CircuitBreaker:
         ):
             self._open(now)
 
+    def _take_back(self) -> None:
+        """It had counted as one that goes well."""
+        for place in range(len(self._outcomes) - 1, -1, -1):
+            if self._outcomes[place][1]:
+                del self._outcomes[place]
+                return
+
     def _open(self, now: float) -> None:
         backoff_s = min(
             self._settings.breaker_backoff_s * 2.0 ** min(self._openings, 30),
@@ -93,4 +114,5 @@ class CircuitBreaker:
         # Up to a quarter less, so that many nodes do not probe at the same moment.
         self._open_until = now + backoff_s * (1 - self._rng.random() / 4)
         self._openings += 1
+        self._on_trial = False
         self._probe_until = None

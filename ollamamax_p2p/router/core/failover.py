@@ -67,24 +67,36 @@ def _rule(error: OmxError) -> tuple[Blame, bool]:
 
 
 class Budget:
-    """A token bucket that requests fill."""
+    """A token bucket that requests fill, and time a little."""
 
-    def __init__(self, *, ratio: float, burst: float) -> None:
-        """ratio: what each request adds; burst: the most that is kept, and the start."""
+    def __init__(self, *, ratio: float, burst: float, per_s: float = 0.0) -> None:
+        """ratio: what each request adds; per_s: what each second adds, so that where little is
+        asked a retry is never refused for that; burst: the most that is kept, and the start.
+        """
         self._ratio = ratio
         self._burst = burst
+        self._per_s = per_s
         self._tokens = burst
+        self._filled_at: float | None = None
 
-    def request(self) -> None:
+    def request(self, *, now: float) -> None:
         """There was one."""
+        self._fill(now)
         self._tokens = min(self._tokens + self._ratio, self._burst)
 
-    def take(self) -> bool:
+    def take(self, *, now: float) -> bool:
         """Spend one token; False if there is none."""
+        self._fill(now)
         if self._tokens < 1:
             return False
         self._tokens -= 1
         return True
+
+    def _fill(self, now: float) -> None:
+        if self._filled_at is not None:
+            gained = max(now - self._filled_at, 0.0) * self._per_s
+            self._tokens = min(self._tokens + gained, self._burst)
+        self._filled_at = now
 
 
 def backoff_s(attempt: int, *, first_s: float, rng: random.Random) -> float:

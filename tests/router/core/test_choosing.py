@@ -506,11 +506,23 @@ def test_a_request_is_not_tried_for_ever():
 
 
 def test_retries_have_a_budget():
-    desk = Desk(retry_burst=2, retry_ratio=0.0, breaker_failures_min=10**6)
+    desk = Desk(retry_burst=2, retry_ratio=0.0, retry_per_s=0.0, breaker_failures_min=10**6)
     for peer in "abcd":
         desk.hear(peer, slots=50)
     outcomes = [desk.failed(desk.chosen()) for _ in range(4)]
     assert [type(each) for each in outcomes] == [Choice, Choice, Refuse, Refuse]
+
+
+def test_who_asks_seldom_is_retried_however_often_nodes_die():
+    # Found by killing nodes: each death took a retry, and a request gave a fifth of one.
+    desk = Desk(breaker_failures_min=10**6)
+    for _ in range(100):
+        desk.now += 2.0
+        for peer in "ab":
+            desk.hear(peer)
+        elsewhere = desk.failed(desk.chosen())
+        assert isinstance(elsewhere, Choice)
+        desk.answered(elsewhere)
 
 
 def test_a_request_whose_time_is_over_is_not_tried_again(desk):

@@ -27,7 +27,7 @@ def test_it_stays_closed_while_few_fail():
     breaker.failed(now=0.0)
     assert breaker.allows(now=0.0)
     for _ in range(3):
-        breaker.succeeded(now=1.0)
+        breaker.first_part(now=1.0)
     breaker.failed(now=1.0)  # Three of six are half of them.
     assert breaker.state(now=1.0) == "open"
 
@@ -35,7 +35,7 @@ def test_it_stays_closed_while_few_fail():
 def test_it_stays_closed_when_most_go_well():
     breaker = a_breaker()
     for _ in range(20):
-        breaker.succeeded(now=0.0)
+        breaker.first_part(now=0.0)
     for _ in range(5):
         breaker.failed(now=1.0)
     assert breaker.state(now=1.0) == "closed"
@@ -72,12 +72,47 @@ def test_a_probe_that_goes_well_closes_it():
     breaker = a_breaker()
     opened(breaker, now=0.0)
     breaker.began(now=3.0)
-    breaker.succeeded(now=4.0)
+    breaker.first_part(now=4.0)
     assert breaker.state(now=4.0) == "closed"
+    breaker.ended()
     breaker.began(now=4.0)
     assert breaker.allows(now=4.0)
     breaker.failed(now=4.0)  # What was before is forgiven.
     assert breaker.state(now=4.0) == "closed"
+
+
+def test_a_probe_that_breaks_off_midway_opens_it_for_twice_as_long():
+    breaker = a_breaker()
+    opened(breaker, now=0.0)
+    now = 0.0
+    for doubled in (2, 4, 8, 16):
+        now = breaker.opens_at(now=now)
+        breaker.began(now=now)
+        breaker.first_part(now=now)
+        assert breaker.state(now=now) == "closed"
+        breaker.failed(began=True, now=now)
+        wait_s = breaker.opens_at(now=now) - now
+        assert wait_s >= doubled * SETTINGS.breaker_backoff_s * 0.75
+
+
+def test_who_breaks_off_midway_more_often_than_not_is_left_alone():
+    breaker = a_breaker()
+    for number in range(6):
+        breaker.first_part(now=0.0)
+        if number % 3:
+            breaker.failed(began=True, now=0.0)
+        else:
+            breaker.ended()
+    assert breaker.state(now=0.0) == "open"
+    breaker.ended()  # of one that was sent before
+    assert breaker.state(now=0.0) == "open"
+
+
+def test_what_broke_off_is_no_more_than_one_failure_though_its_beginning_is_forgotten():
+    breaker = a_breaker()
+    breaker.failed(began=True, now=0.0)
+    breaker.failed(began=True, now=0.0)
+    assert breaker.state(now=0.0) == "closed"
 
 
 def test_a_probe_that_fails_opens_it_for_twice_as_long():
@@ -104,7 +139,7 @@ def test_what_was_sent_before_it_opened_neither_closes_it_nor_keeps_it_open_long
     at = breaker.opens_at(now=0.0)
     breaker.failed(now=0.5)
     assert breaker.opens_at(now=0.5) == at
-    breaker.succeeded(now=0.6)
+    breaker.first_part(now=0.6)
     assert breaker.state(now=0.6) == "open"
 
 
@@ -120,7 +155,8 @@ def test_a_probe_whose_client_left_may_be_made_again():
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["began", "gave_up", "succeeded", "failed"]), st.floats(0.0, 40.0)
+            st.sampled_from(["began", "gave_up", "first_part", "ended", "failed"]),
+            st.floats(0.0, 40.0),
         ),
         max_size=80,
     )
@@ -129,7 +165,7 @@ def test_it_is_never_stuck_whatever_it_is_told(events):
     breaker, now = a_breaker(), 0.0
     for event, pause in events:
         now += pause
-        getattr(breaker, event)(now=now)
+        getattr(breaker, event)(**({} if event == "ended" else {"now": now}))
         again = breaker.opens_at(now=now)
         longest = SETTINGS.breaker_backoff_max_s + SETTINGS.first_part_timeout_s
         assert now <= again <= now + longest

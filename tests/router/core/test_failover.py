@@ -49,28 +49,39 @@ def test_whose_fault_an_error_is_and_whether_another_may_do_better(error, whose,
 
 def test_a_budget_that_is_spent_fills_again_with_requests():
     budget = Budget(ratio=0.5, burst=2)
-    assert [budget.take() for _ in range(3)] == [True, True, False]
-    budget.request()
-    assert not budget.take()
-    budget.request()
-    assert budget.take()
+    assert [budget.take(now=0) for _ in range(3)] == [True, True, False]
+    budget.request(now=1)
+    assert not budget.take(now=100)
+    budget.request(now=100)
+    assert budget.take(now=100)
+
+
+def test_a_budget_fills_with_time_too_and_never_beyond_its_burst():
+    budget = Budget(ratio=0.0, burst=2, per_s=0.5)
+    assert [budget.take(now=0) for _ in range(3)] == [True, True, False]
+    assert not budget.take(now=1)
+    assert budget.take(now=2)
+    assert [budget.take(now=1_000) for _ in range(3)] == [True, True, False]
+    assert not budget.take(now=500)  # a clock that goes back gives nothing and takes nothing
 
 
 @settings(deadline=None)
 @given(
-    st.lists(st.booleans(), max_size=300),
+    st.lists(st.tuples(st.booleans(), st.floats(0.0, 5.0)), max_size=300),
     st.floats(0.0, 1.0),
     st.integers(0, 20),
+    st.floats(0.0, 2.0),
 )
-def test_a_budget_is_never_exceeded(wishes, ratio, burst):
-    budget, requests, retries = Budget(ratio=ratio, burst=burst), 0, 0
-    for is_request in wishes:
+def test_a_budget_is_never_exceeded(wishes, ratio, burst, per_s):
+    budget, requests, retries, now = Budget(ratio=ratio, burst=burst, per_s=per_s), 0, 0, 0.0
+    for is_request, later_s in wishes:
+        now += later_s
         if is_request:
-            budget.request()
+            budget.request(now=now)
             requests += 1
         else:
-            retries += budget.take()
-        assert retries <= burst + ratio * requests + 1e-6
+            retries += budget.take(now=now)
+        assert retries <= burst + ratio * requests + per_s * now + 1e-6
 
 
 def test_the_first_retry_goes_at_once_and_the_next_ones_ever_later():
