@@ -33,7 +33,7 @@ check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
-	@$(MAKE) --no-print-directory core-coverage >.core-coverage.log 2>&1 & covering=$$!; \
+	@nice $(MAKE) --no-print-directory core-coverage >.core-coverage.log 2>&1 & covering=$$!; \
 	  $(MAKE) --no-print-directory test; tested=$$?; \
 	  wait $$covering || { tail -40 .core-coverage.log; exit 1; }; exit $$tested
 
