@@ -373,16 +373,18 @@ def all_systems(folder: Path, program: Path, venv: Path) -> Iterator[list[System
         process = stack.enter_context(running(log, str(program), "stub", "-model", MODEL))
         port = int(first_line(process, log)["port"])
         systems = [System("direct", port)]
+        # The slowest to start first.
+        others = []
+        for name, open_one in (("litellm", litellm), ("vllm-router", vllm_router)):
+            if (venv / "bin" / name).exists():
+                others.append(stack.enter_context(open_one(folder / name, venv, port)))
+            else:
+                say(f"{name} is missing in {venv}: not compared; see benchmarks/README.md")
         openai = {"OMX_INFERENCE_OPENAI": f"stub=http://127.0.0.1:{port}/v1"}
         same, settings = stack.enter_context(node(folder / "same node", "up", **openai))
         ticket = ticket_of(settings)
         other, _ = stack.enter_context(node(folder / "another node", "join", ticket))
-        systems += [same, other]
-        for name, open_one in (("vllm-router", vllm_router), ("litellm", litellm)):
-            if (venv / "bin" / name).exists():
-                systems.append(stack.enter_context(open_one(folder / name, venv, port)))
-            else:
-                say(f"{name} is missing in {venv}: not compared; see benchmarks/README.md")
+        systems += [same, other, *others]
         ready = []
         for system in systems:
             problem = wait_until_it_answers(system)
@@ -428,6 +430,7 @@ def main() -> None:
     parts = ("whole", "streams", "slow")
     parser.add_argument("--only", choices=parts, action="append", help="one part, or several")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and what it started with it
     chosen = given.only or parts
     rounds, seconds, slow_chunks = (1, 1.0, 5) if given.quick else (3, 3.0, 12)
     machine = about(given.counterparts)

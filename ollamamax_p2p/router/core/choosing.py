@@ -527,6 +527,10 @@ class Chooser:
             return Refuse(request=call.request, error=problem) if problem is not None else None
         order = self._ranked(call.request, usable, now)
         best = next((each for each in order if _has_room(each, self._settings)), None)
+        if best is None and all(each.distrust > 1.0 for each in order):
+            # Where all are late, nobody does better: to wait here only leaves their slots empty,
+            # and an engine that batches a thousand is late as soon as it has more than one.
+            best = next((each for each in order if each.load + 1 <= each.slots), None)
         if best is None or best.loaded or best.loading:
             return best
         # Loading it once more is worth it if the wait for those that have it is longer.

@@ -653,6 +653,21 @@ def test_an_engine_that_says_it_cannot_go_on_is_not_asked_again(desk):
     assert peer_of(desk.failed(third, CannotResume("no"))) not in (peer_of(second), peer_of(third))
 
 
+def test_where_all_are_late_they_get_as_many_as_they_have_slots(desk):
+    desk.hear("a", slots=8)
+    for first_s in (0.003,) * 40 + (5.0,) * 4:
+        desk.answered(desk.chosen(prompt_tokens=0), first_s=first_s)
+    desk.hear("a", slots=8)
+    choices = [desk.chosen(prompt_tokens=0) for _ in range(8)]
+    assert {each.candidate.capacity for each in choices} == {1}
+    assert isinstance(desk.choose(prompt_tokens=0), Wait)
+    desk.hear("b", slots=1, busy=1)  # one that was never late has room again soon
+    assert [peer_of(each) for each in desk.due() if isinstance(each, Choice)] == ["b"]
+    desk.hear("b", slots=1, busy=2)
+    desk.answered(choices[0])
+    assert isinstance(desk.choose(prompt_tokens=0), Wait)
+
+
 # -- hedging -----------------------------------------------------------------------------------
 
 
