@@ -63,8 +63,9 @@ from ollamamax_p2p.router.core.messages import (
 )
 from ollamamax_p2p.wire import protocol_ids
 
-CALLS_PER_PEER_MAX = 512
-"""Open at once on one stream; more are refused as a full queue is."""
+CALLS_PER_PEER_MAX = 2_048
+"""Open at once on one stream, as many as clients of one node (`api.connections_max`); more are
+refused as a full queue is."""
 
 STREAMS_PER_PEER = 4
 """Streams on which one peer may ask at once: one, and more while lost ones are being noticed."""
