@@ -71,7 +71,7 @@ STREAMS_PER_PEER = 4
 """Streams on which one peer may ask at once: one, and more while lost ones are being noticed."""
 
 REQUESTS_BYTES_MAX = 2 * REQUEST_BYTES_MAX
-"""Of requests that one peer has begun to send and not ended."""
+"""Of the requests on one stream that are coming, wait or are worked on."""
 
 EVENTS_WAITING_MAX = 64
 """Of one call, between the engine and the network; beyond it the engine waits."""
@@ -297,6 +297,7 @@ class Forwarding:
                 line.heard_at = trio.current_time()
                 if not isinstance(message, Alive):
                     self._heard(line, message)
+                await trio.lowlevel.checkpoint()  # between thousands that came in one read
             line.problem = line.problem or "it ended the stream"
         except PeerGone as error:
             line.problem = line.problem or str(error)
@@ -365,7 +366,9 @@ class Forwarding:
                 answering = _Answering(talk.peer, self._serve, outbox, nursery)
                 nursery.start_soon(answering.say_alive)
                 while (message := await talk.receive()) is not None:
-                    answering.heard(message)
+                    await answering.heard(message)
+                    # Thousands may have come in one read; others have their turn between them.
+                    await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()  # nobody reads the answers any more
         except* PeerGone:
             pass
@@ -426,10 +429,10 @@ class _Answering:
             if self._calls:
                 await self._outbox.put(Alive())
 
-    def heard(self, message: FromAsker) -> None:
+    async def heard(self, message: FromAsker) -> None:
         """Raises MalformedMessage for what breaks the protocol."""
         if isinstance(message, Open):
-            self._open(message)
+            await self._open(message)
             return
         call = self._calls.get(message.number)
         if call is None:  # it has ended meanwhile
@@ -445,13 +448,13 @@ class _Answering:
             if not call.whole:
                 del self._calls[message.number]
 
-    def _open(self, message: Open) -> None:
+    async def _open(self, message: Open) -> None:
         if message.number in self._calls:
             raise MalformedMessage(self._peer, "it used a number twice at once")
-        coming = sum(call.size for call in self._calls.values() if not call.whole)
-        if len(self._calls) >= CALLS_PER_PEER_MAX or coming + message.size > REQUESTS_BYTES_MAX:
-            refusal = _failure(message.number, QueueFull(CALLS_PER_PEER_MAX, 1.0))
-            self._outbox.put_now(refusal)
+        held = sum(call.size for call in self._calls.values())
+        if len(self._calls) >= CALLS_PER_PEER_MAX or held + message.size > REQUESTS_BYTES_MAX:
+            # Waits: whoever reads no refusals is not listened to either.
+            await self._outbox.put(_failure(message.number, QueueFull(CALLS_PER_PEER_MAX, 1.0)))
             return
         self._calls[message.number] = _Served(message.size, message.terms)
 

@@ -62,16 +62,22 @@ async def routers(
     seed: int = 1,
     settings: RouterSettings | None = None,
     settled: bool = True,
+    links: int = 0,
 ) -> AsyncIterator[RouterSwarm]:
-    """A node for each list of back ends, all connected, all heard of."""
+    """A node for each list of back ends, all connected, all heard of.
+
+    links: that each dials, drawn at random; 0: everybody dials everybody.
+    """
     rng = random.Random(seed)
     async with open_simulated_network(rng=rng) as network, AsyncExitStack() as stack:
         hosts = [network.add_host(f"node{place}") for place in range(len(backends))]
         for one in hosts:
-            for other in hosts:
-                if one is not other:
-                    await one.connect(other.addresses)
-                    one.admit(other.peer_id)
+            others = [host for host in hosts if host is not one]
+            for other in rng.sample(others, links) if links else others:
+                await one.connect(other.addresses)
+        for host in hosts:
+            for connection in host.connections():
+                host.admit(connection.peer)
         nodes = []
         for place, (host, theirs) in enumerate(zip(hosts, backends, strict=True)):
             router = await stack.enter_async_context(
