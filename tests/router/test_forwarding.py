@@ -366,8 +366,8 @@ async def test_too_many_calls_are_refused_and_a_cancelled_one_makes_room(autojum
             refused = await talk.receive()
         assert (refused.number, refused.code) == (CALLS_PER_PEER_MAX, "queue_full")
         await talk.send(Cancel(number=0))
-        await talk.send(Open(number=1_000, size=len(BODY), terms=Terms()))
-        await talk.send(Piece(number=1_000, data=BODY))
+        await talk.send(Open(number=1_000_000, size=len(BODY), terms=Terms()))
+        await talk.send(Piece(number=1_000_000, data=BODY))
         answer = await talk.receive()
         while isinstance(answer, Alive):
             answer = await talk.receive()
