@@ -1,5 +1,6 @@
 """`omx run` on a terminal."""
 
+import contextlib
 import os
 import pty
 import re
@@ -277,6 +278,14 @@ class Terminal:
                 return self.wait_for(text)
         raise AssertionError(f"nothing came; there is {self.shown!r}")
 
+    def code_after_ctrl_c(self) -> int:
+        """How it ended; pressed again where nothing happens, for the same reason."""
+        for _ in range(10):
+            self.write("\x03")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.process.wait(3)
+        raise AssertionError(f"it did not end; there is {self.shown!r}")
+
     def signal_until_it_ends(self, number: int) -> None:
         """Again where nothing happens, for the same reason."""
         for _ in range(10):
@@ -355,8 +364,7 @@ def test_ctrl_c_stops_an_answer_then_a_line_and_twice_at_an_empty_one_leaves(tal
         terminal.wait_for("half a li")
         assert "again" not in terminal.press_ctrl_c(">>> ")
         assert "Ctrl-C again, Ctrl-D or /bye leaves." in terminal.press_ctrl_c(">>> ")
-        terminal.write("\x03")
-        assert terminal.code() == 0
+        assert terminal.code_after_ctrl_c() == 0
 
 
 def test_ctrl_d_leaves(talking):
